@@ -1,0 +1,288 @@
+"""DenseMixer on a live model of transformers 5.
+
+All its Mixture-of-Experts layers share one contract: a block owns a router (``gate`` or ``router``) and ``experts``
+with stacked weights, and calls ``experts(hidden_states, top_k_index, top_k_weights)``. Forward hooks on these modules
+see all that the method needs, whatever kernel computes the experts, so no forward is copied or replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from densemixer_adapters.routers import ROUTERS, Router
+from densemixer_core import (
+    DenseMixerConfig,
+    ExpertLayout,
+    ExpertWeights,
+    RoutingMismatchError,
+    StackedExperts,
+    check_routing,
+    router_scores,
+    straight_through,
+)
+from densemixer_core.routing import are_probabilities
+
+logger = logging.getLogger("densemixer")
+
+ROUTER_NAMES = ("gate", "router")
+
+
+class UnsupportedModelError(ValueError):
+    """DenseMixer can't be attached to this model. The message names the module, the reason and the fix."""
+
+
+def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
+    """Train the routers of a transformers model through all of their experts.
+
+    The model's outputs stay what they are, bit for bit; nothing is added to its parameters, modules or checkpoints.
+    Call it on the model that will be trained, before it is wrapped by DDP, FSDP, DeepSpeed or ``torch.compile``; before
+    or after PEFT.
+
+    Args:
+        model: A model with Mixture-of-Experts layers, or any module that contains some.
+        config: The options.
+
+    Returns:
+        A handle that lists the layers and undoes everything, also as a context manager.
+
+    Raises:
+        UnsupportedModelError: The model has no Mixture-of-Experts layers, one with an unknown router, or one whose
+            experts don't follow the contract of transformers 5.
+        RuntimeError: DenseMixer is attached already.
+    """
+    config = config or DenseMixerConfig()
+    layers = list(_find_layers(model, config))
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no Mixture-of-Experts layers: no module owns both `experts` and one of "
+            f"{', '.join(f'`{name}`' for name in ROUTER_NAMES)}. DenseMixer trains the routers of such layers; "
+            "switch it off for this model."
+        )
+    for layer in layers:
+        layer.attach()
+    frozen = [layer.router_name for layer in layers if _is_frozen(layer.router)]
+    if frozen:
+        _warn_frozen(frozen)
+    logger.info(
+        "DenseMixer is attached to %d layers of %s (estimator %s)", len(layers), type(model).__name__, config.estimator
+    )
+    return DenseMixerHandle(layers)
+
+
+class DenseMixerHandle:
+    """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it."""
+
+    def __init__(self, layers: list[DenseMixerLayer]) -> None:
+        self.layers = layers
+
+    def remove(self) -> None:
+        """Leave the model as it was. Does nothing the second time."""
+        for layer in self.layers:
+            layer.remove()
+
+    def __enter__(self) -> DenseMixerHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+class DenseMixerLayer:
+    """One Mixture-of-Experts layer and the hooks on it.
+
+    Attributes:
+        name: The block's name in the model, e.g. ``model.layers.0.mlp``.
+        block: The module that owns router and experts.
+        router: The router, as the block calls it (PEFT may have wrapped it).
+        experts: The module with the stacked weights.
+    """
+
+    def __init__(
+        self, name: str, block: nn.Module, router_name: str, experts: nn.Module, spec: Router, config: DenseMixerConfig
+    ) -> None:
+        self.name = name
+        self.block = block
+        self.router: nn.Module = getattr(block, router_name)
+        self.router_name = f"{name}.{router_name}" if name else router_name
+        self.experts = experts
+        self._router = spec
+        self._renormalised = spec.is_renormalised([_unwrap(self.router), block])
+        self._config = config
+        self._arguments = list(inspect.signature(type(experts).forward).parameters)[1:4]
+        self._hooks: list[RemovableHandle] = []
+        self._attached = False
+        self._router_output: Tensor | None = None
+        self._experts_ran = False
+        self._gives_probabilities: bool | None = None  # unknown until the first training forward
+        self._warned = False
+
+    def attach(self) -> None:
+        self._attached = True
+        self._hooks = [
+            self.router.register_forward_hook(self._after_router),
+            # First of the hooks: those of ZeRO-3, which may be there already, bring the weights back for what lies
+            # below them in the graph.
+            self.experts.register_forward_hook(self._after_experts, prepend=True, with_kwargs=True),
+            self.block.register_forward_hook(self._after_block),
+        ]
+
+    def remove(self) -> None:
+        # Copies that others made of the hooked modules (PEFT's `modules_to_save`) share this object; this stops them.
+        self._attached = False
+        self._router_output = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenseMixerLayer:
+        # The hooks of a copied router must report to the layer whose experts run; a copied layer would bring along a
+        # copy of all experts.
+        return self
+
+    def _after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._attached and torch.is_grad_enabled():
+            self._router_output = output[0] if isinstance(output, tuple) else output
+
+    def _after_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
+        if not (self._attached and torch.is_grad_enabled()):
+            return None
+        self._experts_ran = True
+        router_output, self._router_output = self._router_output, None
+        if self._config.estimator == "conventional":
+            return None
+        if router_output is None:
+            raise UnsupportedModelError(
+                f"{self.name}: the experts ran without their router `{self.router_name}` having been called as a module"
+                ", so DenseMixer can't see the scores. Something replaced the block's forward; remove that, or switch "
+                "DenseMixer off."
+            )
+        if not output.requires_grad:
+            return None
+        if not router_output.requires_grad or _is_frozen(self.router):
+            if not self._warned:
+                self._warned = True
+                _warn_frozen([self.router_name])
+            return None
+        router_output = router_output.reshape(-1, router_output.shape[-1])
+        x, index, weights = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:3]
+        stacked = _stacked(experts)
+        if stacked.weights.up.shape[0] != router_output.shape[-1]:
+            raise UnsupportedModelError(
+                f"{self.name}: this process holds {stacked.weights.up.shape[0]} of {router_output.shape[-1]} experts. "
+                "DenseMixer doesn't work with the expert parallelism of transformers yet; load the model without an "
+                "expert-parallel plan, or switch DenseMixer off."
+            )
+        return straight_through(
+            output,
+            self._scores(router_output, index, weights),
+            x=x,
+            index=index,
+            weights=weights,
+            experts=stacked,
+            renormalised=self._renormalised,
+            config=self._config,
+        )
+
+    def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (self._attached and torch.is_grad_enabled()):
+            return
+        if not self._experts_ran:
+            raise UnsupportedModelError(
+                f"{self.name}: its forward ran without calling `experts` as a module, so DenseMixer had no effect. A "
+                "kernel that replaces the whole block does this: load the model with use_kernels=False, or switch "
+                "DenseMixer off."
+            )
+        self._experts_ran = False
+
+    def _scores(self, router_output: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        first = self._gives_probabilities is None
+        if first:
+            self._gives_probabilities = self._router.score == "softmax" and are_probabilities(router_output)
+        scores = router_output if self._gives_probabilities else router_scores(router_output, self._router.score)
+        if first:
+            try:
+                check_routing(scores, index, weights, self._renormalised)
+            except RoutingMismatchError as error:
+                self._gives_probabilities = None
+                raise RoutingMismatchError(
+                    f"{self.router_name} ({type(_unwrap(self.router)).__name__}): DenseMixer takes its scores to be "
+                    f"the {self._router.score} of its logits, but {error}. This version of the model routes "
+                    "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
+                ) from None
+        return scores
+
+
+def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMixerLayer]:
+    for name, block in model.named_modules():
+        router_name = next((r for r in ROUTER_NAMES if isinstance(getattr(block, r, None), nn.Module)), None)
+        if router_name is None or not isinstance(getattr(block, "experts", None), nn.Module):
+            continue
+        router, experts = _unwrap(getattr(block, router_name)), _unwrap(block.experts)
+        where = f"{name or type(model).__name__} ({type(block).__name__})"
+        spec = next((ROUTERS[c.__name__] for c in type(router).__mro__ if c.__name__ in ROUTERS), None)
+        if spec is None:
+            raise UnsupportedModelError(
+                f"{where}: its router {type(router).__name__} is unknown to DenseMixer, which must know how scores "
+                f"become weights. Known: {', '.join(sorted(ROUTERS))}. A newer densemixer-adapters may know it; "
+                "otherwise switch DenseMixer off for this model."
+            )
+        if not hasattr(experts, "has_gate") or not isinstance(getattr(experts, "down_proj", None), Tensor):
+            raise UnsupportedModelError(
+                f"{where}: its experts ({type(experts).__name__}) don't hold stacked weights as the models of "
+                "transformers 5 do. Load the model with transformers >= 5.5.4 and without quantisation, or switch "
+                "DenseMixer off."
+            )
+        if any(isinstance(getattr(h, "__self__", None), DenseMixerLayer) for h in experts._forward_hooks.values()):
+            raise RuntimeError(f"{where}: DenseMixer is attached already; call .remove() on its handle first.")
+        yield DenseMixerLayer(name, block, router_name, experts, spec, config)
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    """The host's own module inside PEFT's wrappers."""
+    while True:
+        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
+
+
+def _is_frozen(router: nn.Module) -> bool:
+    # FSDP1 may have taken the parameters away; then the graph decides.
+    parameters = list(router.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _warn_frozen(names: list[str]) -> None:
+    shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    logger.warning(
+        "DenseMixer has nothing to train: the router %s is frozen, so its layer trains as without DenseMixer. With "
+        'PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["%s"]); otherwise set '
+        "requires_grad_(True) on its weight.",
+        shown,
+        ".".join(names[0].split(".")[-2:]),
+    )
+
+
+def _stacked(experts: Any) -> StackedExperts:
+    """The experts' weights as they are now, and how to compute with them."""
+    gated, biased = experts.has_gate, experts.has_bias
+    up = experts.gate_up_proj if gated else experts.up_proj
+    up_bias = (experts.gate_up_proj_bias if gated else experts.up_proj_bias) if biased else None
+    return StackedExperts(
+        ExpertWeights(up, experts.down_proj, up_bias, experts.down_proj_bias if biased else None),
+        ExpertLayout(
+            activation=experts._apply_gate if gated else experts.act_fn,
+            transposed=experts.is_transposed,
+            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+        ),
+    )

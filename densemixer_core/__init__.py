@@ -1,0 +1,29 @@
+"""DenseMixer: train the router of a Mixture-of-Experts layer through all of its experts.
+
+The forward stays the host's sparse one. In the backward, the router's scores of the experts that were *not* selected
+receive a straight-through gradient. Read the modules in this order:
+
+- ``config``: the options, `DenseMixerConfig`.
+- ``routing``: the router's scores, and the factor between a score and the weight that the layer uses.
+- ``estimators``: what gradient an unselected expert's score receives.
+- ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output.
+- ``straight_through``: the identity function that ties these to autograd.
+"""
+
+from densemixer_core.config import DenseMixerConfig
+from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots
+from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, weight_per_score
+from densemixer_core.straight_through import straight_through
+
+__all__ = [
+    "DenseMixerConfig",
+    "ExpertLayout",
+    "ExpertWeights",
+    "RoutingMismatchError",
+    "StackedExperts",
+    "check_routing",
+    "expert_dots",
+    "router_scores",
+    "straight_through",
+    "weight_per_score",
+]

@@ -1,0 +1,106 @@
+"""The identity function whose backward teaches the scores of unselected experts.
+
+It sits on the output of the host's own sparse forward, which it returns unchanged. Nothing is computed for an
+unselected expert until the backward, where g is known and [tokens, experts] scalars are all that is needed, see
+`experts`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from densemixer_core.config import DenseMixerConfig
+from densemixer_core.estimators import extra_score_gradient
+from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots
+from densemixer_core.routing import weight_per_score
+
+
+def straight_through(
+    output: Tensor,
+    scores: Tensor,
+    *,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    experts: StackedExperts,
+    renormalised: bool,
+    config: DenseMixerConfig,
+) -> Tensor:
+    """Return ``output`` unchanged, with a gradient from all experts for ``scores``.
+
+    Under ``torch.no_grad()``, in inference mode, or with scores that need no gradient, ``output`` itself is returned
+    and no torch operation runs.
+
+    Args:
+        output: The routed experts' output y = Σ_selected w_j E_j(x), without shared experts, [..., hidden].
+        scores: p of all experts, [tokens, experts]. Selected experts' scores receive zero from here: they have the
+            host's own gradient.
+        x: The experts' input, [..., hidden]. It receives no gradient from here but through the scores.
+        index: The experts that the host selected, [tokens, k].
+        weights: The weights w that the host gave them, [tokens, k].
+        experts: The experts; their weights receive no gradient from here. Parameters that a framework frees or
+            partitions after the forward must be live again, as the same tensors, when the backward comes.
+        renormalised: Whether the host divides the selected scores by their sum.
+        config: The options.
+    """
+    if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad):
+        return output
+    call = _Call(
+        experts.layout, _compute_dtype(experts.weights.up), renormalised, config.estimator, config.workspace_mb << 20
+    )
+    scale = weight_per_score(scores, index, weights)
+    saved = (x.detach(), index, weights.detach().to(scores.dtype), scale, *experts.weights)
+    return _StraightThrough.apply(output, scores, saved, call)  # type: ignore[no-any-return,no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What the backward needs besides tensors."""
+
+    layout: ExpertLayout
+    dtype: torch.dtype
+    renormalised: bool
+    estimator: str
+    workspace_bytes: int
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, output: Tensor, scores: Tensor, saved: tuple[Tensor | None, ...], call: _Call
+    ) -> Tensor:
+        # `saved` comes as a tuple, so that its tensors are no inputs of this node: x and the weights get no edge to it.
+        # `save_for_backward` keeps a leaf by reference. That is what lets FSDP and ZeRO-3 free a parameter's data after
+        # the forward and bring it back for the backward; anything else would keep the old data alive or see none.
+        ctx.save_for_backward(*saved)  # type: ignore[arg-type]  # None is allowed
+        ctx.call = call  # type: ignore[attr-defined]
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        x, index, weights, scale, *expert_weights = ctx.saved_tensors
+        hidden = x.shape[-1]
+        dots = expert_dots(
+            x.reshape(-1, hidden),
+            g.reshape(-1, hidden),
+            StackedExperts(ExpertWeights(*expert_weights), call.layout),
+            call.dtype,
+            call.workspace_bytes,
+        )
+        extra = extra_score_gradient(call.estimator, dots.to(scale.dtype), index, weights, scale, call.renormalised)
+        return g, extra, None, None
+
+
+def _compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the host multiplies by ``weight``: autocast's where it is on (it leaves float64 alone)."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
