@@ -66,15 +66,12 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
             f"{', '.join(f'`{name}`' for name in ROUTER_NAMES)}. DenseMixer trains the routers of such layers; "
             "switch it off for this model."
         )
-    for layer in layers:
-        layer.attach()
-    frozen = [layer.router_name for layer in layers if _is_frozen(layer.router)]
-    if frozen:
-        _warn_frozen(frozen)
+    handle = DenseMixerHandle(layers)
     logger.info(
         "DenseMixer is attached to %d layers of %s (estimator %s)", len(layers), type(model).__name__, config.estimator
     )
-    return DenseMixerHandle(layers)
+    handle.warn_of_frozen_routers()
+    return handle
 
 
 class DenseMixerHandle:
@@ -82,6 +79,25 @@ class DenseMixerHandle:
 
     def __init__(self, layers: list[DenseMixerLayer]) -> None:
         self.layers = layers
+        self._known_as_frozen: set[str] = set()
+        for layer in layers:
+            layer.attach(self)
+
+    def warn_of_frozen_routers(self) -> None:
+        """Log one warning for all layers whose router is frozen now and wasn't when this was last called."""
+        frozen = [layer.router_name for layer in self.layers if layer.router_is_frozen]
+        new = [name for name in frozen if name not in self._known_as_frozen]
+        self._known_as_frozen = set(frozen)
+        if not new:
+            return
+        logger.warning(
+            "DenseMixer has nothing to train where the router is frozen: %s%s. Such a layer trains as without "
+            'DenseMixer. With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["%s"]); '
+            "otherwise call requires_grad_(True) on it.",
+            new[0],
+            f" and {len(new) - 1} more" if len(new) > 1 else "",
+            ".".join(new[0].split(".")[-2:]),
+        )
 
     def remove(self) -> None:
         """Leave the model as it was. Does nothing the second time."""
@@ -120,14 +136,19 @@ class DenseMixerLayer:
         self._config = config
         self._arguments = list(inspect.signature(type(experts).forward).parameters)[1:4]
         self._hooks: list[RemovableHandle] = []
-        self._attached = False
+        self._handle: DenseMixerHandle | None = None  # while attached
         self._router_output: Tensor | None = None
         self._experts_ran = False
         self._gives_probabilities: bool | None = None  # unknown until the first training forward
-        self._warned = False
 
-    def attach(self) -> None:
-        self._attached = True
+    @property
+    def router_is_frozen(self) -> bool:
+        # FSDP1 may have taken the parameters away; then only the graph knows.
+        parameters = list(self.router.parameters())
+        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+    def attach(self, handle: DenseMixerHandle) -> None:
+        self._handle = handle
         self._hooks = [
             self.router.register_forward_hook(self._after_router),
             # First of the hooks: those of ZeRO-3, which may be there already, bring the weights back for what lies
@@ -138,7 +159,7 @@ class DenseMixerLayer:
 
     def remove(self) -> None:
         # Copies that others made of the hooked modules (PEFT's `modules_to_save`) share this object; this stops them.
-        self._attached = False
+        self._handle = None
         self._router_output = None
         for hook in self._hooks:
             hook.remove()
@@ -150,11 +171,11 @@ class DenseMixerLayer:
         return self
 
     def _after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._attached and torch.is_grad_enabled():
+        if self._handle and torch.is_grad_enabled():
             self._router_output = output[0] if isinstance(output, tuple) else output
 
     def _after_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        if not (self._attached and torch.is_grad_enabled()):
+        if self._handle is None or not torch.is_grad_enabled():
             return None
         self._experts_ran = True
         router_output, self._router_output = self._router_output, None
@@ -168,10 +189,8 @@ class DenseMixerLayer:
             )
         if not output.requires_grad:
             return None
-        if not router_output.requires_grad or _is_frozen(self.router):
-            if not self._warned:
-                self._warned = True
-                _warn_frozen([self.router_name])
+        if not router_output.requires_grad or self.router_is_frozen:
+            self._handle.warn_of_frozen_routers()
             return None
         router_output = router_output.reshape(-1, router_output.shape[-1])
         x, index, weights = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:3]
@@ -194,7 +213,7 @@ class DenseMixerLayer:
         )
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not (self._attached and torch.is_grad_enabled()):
+        if self._handle is None or not torch.is_grad_enabled():
             return
         if not self._experts_ran:
             raise UnsupportedModelError(
@@ -254,23 +273,6 @@ def _unwrap(module: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return module
         module = inner
-
-
-def _is_frozen(router: nn.Module) -> bool:
-    # FSDP1 may have taken the parameters away; then the graph decides.
-    parameters = list(router.parameters())
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
-
-
-def _warn_frozen(names: list[str]) -> None:
-    shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    logger.warning(
-        "DenseMixer has nothing to train: the router %s is frozen, so its layer trains as without DenseMixer. With "
-        'PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["%s"]); otherwise set '
-        "requires_grad_(True) on its weight.",
-        shown,
-        ".".join(names[0].split(".")[-2:]),
-    )
 
 
 def _stacked(experts: Any) -> StackedExperts:

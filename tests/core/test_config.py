@@ -1,0 +1,61 @@
+import dataclasses
+
+import pytest
+
+from densemixer_core import DenseMixerConfig
+
+
+def test_defaults_are_what_the_published_code_does() -> None:
+    assert DenseMixerConfig().estimator == "densemixer"
+
+
+def test_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DenseMixerConfig().estimator = "centered"  # type: ignore[misc]
+
+
+def test_from_dict() -> None:
+    assert DenseMixerConfig.from_dict({"estimator": "centered", "workspace_mb": 8}) == DenseMixerConfig("centered", 8)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"estimator": "dense"},
+            ValueError,
+            "estimator must be one of conventional, densemixer, centered; got 'dense'",
+        ),
+        ({"estimator": 1}, TypeError, "estimator must be a string"),
+        ({"workspace_mb": 0}, ValueError, "workspace_mb must be at least 1"),
+        ({"workspace_mb": "64"}, TypeError, "workspace_mb must be an integer"),
+        ({"workspace_mb": True}, TypeError, "workspace_mb must be an integer"),
+        ({"estimater": "centered"}, ValueError, "'estimater'; did you mean 'estimator'?"),
+        ({"nonsense": 1}, ValueError, "unknown option of DenseMixer: 'nonsense'"),
+        (["estimator"], TypeError, "must be a mapping"),
+    ],
+)
+def test_a_wrong_option_is_named(options: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error) as caught:
+        DenseMixerConfig.from_dict(options)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_from_environment() -> None:
+    environ = {"DENSEMIXER_ESTIMATOR": "centered", "DENSEMIXER_WORKSPACE_MB": "8", "DENSEMIXER_ENABLED": "1"}
+    assert DenseMixerConfig.from_environment(environ) == DenseMixerConfig("centered", 8)
+    assert DenseMixerConfig.from_environment({"DENSEMIXER_ESTIMATOR": ""}) == DenseMixerConfig()
+
+
+def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DENSEMIXER_ESTIMATOR", "centered")
+    assert DenseMixerConfig.from_environment() == DenseMixerConfig("centered")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("DENSEMIXER_ESTIMATOR", "dense"), ("DENSEMIXER_WORKSPACE_MB", "much"), ("DENSEMIXER_WORKSPACE_MB", "0")],
+)
+def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"environment variable {variable}='{value}'"):
+        DenseMixerConfig.from_environment({variable: value})

@@ -1,0 +1,102 @@
+"""Attaching, detaching and what a user sees of it."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from families import FAMILIES
+from runs import gradients
+from torch import nn
+
+from densemixer_adapters.transformers import apply_densemixer
+from densemixer_core import DenseMixerConfig
+
+
+def traces(model: nn.Module) -> dict[str, object]:
+    """All attributes of all modules, hooks included."""
+    found: dict[str, object] = {}
+    for name, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            plain = isinstance(value, (int, float, str, bool, type(None)))
+            found[f"{name}.{attribute}"] = value if plain else (type(value), repr(value))
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_remove_leaves_the_model_as_it_was(family: str) -> None:
+    model = FAMILIES[family].build("eager")
+    before, attributes, keys = gradients(model), traces(model), list(model.state_dict())
+    model.zero_grad()
+    handle = apply_densemixer(model)
+    assert traces(model) != attributes
+    assert list(model.state_dict()) == keys
+    gradients(model)
+    handle.remove()
+    handle.remove()
+    model.zero_grad()
+    assert traces(model) == attributes
+    after = gradients(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_layers_are_listed() -> None:
+    model = FAMILIES["gpt_oss"].build()
+    with apply_densemixer(model) as handle:
+        assert [layer.name for layer in handle.layers] == ["model.layers.0.mlp", "model.layers.1.mlp"]
+        assert handle.layers[0].router_name == "model.layers.0.mlp.router"
+        assert handle.layers[0].router is model.model.layers[0].mlp.router
+        assert handle.layers[0].experts is model.model.layers[0].mlp.experts
+
+
+def test_attached_again_after_removal() -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    with apply_densemixer(model):
+        first = gradients(model)
+    with apply_densemixer(model):
+        second = gradients(model)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_single_block_will_do() -> None:
+    block = FAMILIES["qwen3_moe"].build().model.layers[0].mlp
+    with apply_densemixer(block) as handle:
+        assert [layer.router_name for layer in handle.layers] == ["gate"]
+
+
+def test_a_copy_of_the_model_trains_by_itself() -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    with apply_densemixer(model):
+        copied = copy.deepcopy(model)
+        original = gradients(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(1.1)
+        changed = gradients(copied)
+        again = gradients(model)
+    name = "model.layers.0.mlp.gate.weight"
+    assert not torch.equal(original[name], changed[name])
+    assert torch.equal(original[name], again[name])
+    with_densemixer, without = changed, gradients(copied)
+    assert not torch.equal(with_densemixer[name], without[name])  # removed from the copy as well
+
+
+def test_an_attached_model_can_be_pickled() -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    with apply_densemixer(model):
+        loaded = pickle.loads(pickle.dumps(model))
+        expected, found = gradients(model), gradients(loaded)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_attaching_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "densemixer")
+    model = FAMILIES["qwen3_moe"].build()
+    with apply_densemixer(model, DenseMixerConfig("centered")):
+        gradients(model)
+    assert [record.getMessage() for record in caplog.records] == [
+        "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (estimator centered)"
+    ]
