@@ -1,0 +1,79 @@
+"""One pinned environment for each framework, and what runs in it.
+
+`make test` runs all default sessions. One of them: `.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.23.0')"`; arguments
+after `--` go to pytest. `ci/pin.sh` writes the files in `environments/`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+CI = Path(__file__).parent.resolve()
+ROOT = CI.parent
+ORIGINAL = ROOT / ".nox" / "original.pt"
+
+nox.options.envdir = str(ROOT / ".nox")
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+
+
+def install(session: nox.Session, environment: str) -> None:
+    """Install a pinned environment. torch comes first and alone, so that nothing else chooses its build."""
+    session.chdir(ROOT)
+    session.install("torch==2.13.0")
+    session.install("-r", str(CI / "environments" / f"{environment}.txt"))
+
+
+def install_wheel(session: nox.Session) -> None:
+    session.install("--no-deps", "--force-reinstall", str(ROOT))
+
+
+def install_editable(session: nox.Session) -> None:
+    session.install("--no-deps", "--editable", str(ROOT))
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff (lint and format) and mypy."""
+    install(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy", "densemixer_core", "adapters/densemixer_adapters")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """The wheel, and both ways of installing."""
+    session.chdir(ROOT)
+    session.install("-r", str(CI / "environments" / "package.txt"))
+    session.run("pytest", "tests/packaging", *session.posargs)
+
+
+@nox.session
+def original(session: nox.Session) -> None:
+    """Run the original densemixer 1.0.1, for comparison."""
+    install(session, "original")
+    session.run("python", "tests/parity/original.py", str(ORIGINAL), env={"HF_HUB_OFFLINE": "1"})
+
+
+@nox.session(requires=["original"])
+@nox.parametrize("pins", ["5.5.4", "5.23.0"])
+def transformers(session: nox.Session, pins: str) -> None:
+    """The core and the transformers adapter, from an editable install (oldest version) and a wheel (newest)."""
+    install(session, f"transformers-{pins}")
+    install_editable(session) if pins == "5.5.4" else install_wheel(session)
+    tests = session.posargs or ["tests/core", "tests/transformers", "tests/parity"]
+    session.run("pytest", *tests, env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
+
+
+@nox.session(default=False)
+def demo(session: nox.Session) -> None:
+    """Fine-tune a small Mixture-of-Experts model with and without DenseMixer."""
+    install(session, "transformers-5.23.0")
+    install_editable(session)
+    session.run(
+        "python", "examples/demo", *session.posargs, env={"HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1")}
+    )
