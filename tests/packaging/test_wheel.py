@@ -33,14 +33,16 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_both_packages_and_nothing_else(distributions: Path) -> None:
     (wheel,) = distributions.glob("*.whl")
-    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == source_files()
     assert {"densemixer_core/py.typed", "densemixer_adapters/py.typed"} <= names
 
 
 def test_the_sdist_holds_what_it_builds_from(distributions: Path) -> None:
     (sdist,) = distributions.glob("*.tar.gz")
-    names = {"/".join(name.split("/")[1:]) for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "adapters/densemixer_adapters/transformers.py"} <= names
 
 

@@ -2,8 +2,8 @@
 
     python original.py OUTPUT.pt
 
-Runs in an environment of its own (transformers 4.57): the original doesn't work with transformers 5. The file maps each case to
-its configuration, weights, input, output gradient, output, and the gradients of input and weights.
+Runs in an environment of its own (transformers 4.57): the original doesn't work with transformers 5. The file maps each
+case to its configuration, weights, input, output gradient, output, and the gradients of input and weights.
 """
 
 from __future__ import annotations
