@@ -119,7 +119,7 @@ class DenseMixerLayer:
     Attributes:
         name: The block's name in the model, e.g. ``model.layers.0.mlp``.
         block: The module that owns router and experts.
-        router: The router, as the block calls it (PEFT may have wrapped it).
+        router_name: The router's name in the model, e.g. ``model.layers.0.mlp.gate``.
         experts: The module with the stacked weights.
     """
 
@@ -128,7 +128,6 @@ class DenseMixerLayer:
     ) -> None:
         self.name = name
         self.block = block
-        self.router: nn.Module = getattr(block, router_name)
         self.router_name = f"{name}.{router_name}" if name else router_name
         self.experts = experts
         self._router = spec
@@ -140,6 +139,12 @@ class DenseMixerLayer:
         self._router_output: Tensor | None = None
         self._experts_ran = False
         self._gives_probabilities: bool | None = None  # unknown until the first training forward
+
+    @property
+    def router(self) -> nn.Module:
+        """The router, as the block calls it now: PEFT may have wrapped it since."""
+        router: nn.Module = getattr(self.block, self.router_name.rpartition(".")[2])
+        return router
 
     @property
     def router_is_frozen(self) -> bool:
