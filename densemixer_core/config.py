@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from densemixer_core.estimators import ESTIMATORS
 
 ENVIRONMENT_PREFIX = "DENSEMIXER_"
+
+_SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?[1-9]\d*)?)?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,10 @@ class DenseMixerConfig:
             tokens at a time as fit, and on at least one. Under autocast, copies of the layer's input, of the gradient
             of its output and of one expert's weights in the dtype of autocast come on top.
 
+        layers: Which of the model's Mixture-of-Experts layers to train this way, None for all. Positions among these
+            layers in their order, negative ones from the end, e.g. ``[0, 3, -1]``; or the same, or a Python slice, as
+            a string: ``"0,3,-1"``, ``"-4:"`` for the last four, ``"::2"`` for every other one.
+
     Raises:
         TypeError: A value is of the wrong type.
         ValueError: A value is out of range.
@@ -31,6 +38,7 @@ class DenseMixerConfig:
 
     estimator: str = "densemixer"
     workspace_mb: int = 256
+    layers: Sequence[int] | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, str):
@@ -41,6 +49,28 @@ class DenseMixerConfig:
             raise TypeError(f"workspace_mb must be an integer (MiB), got {self.workspace_mb!r}")
         if self.workspace_mb < 1:
             raise ValueError(f"workspace_mb must be at least 1 (MiB), got {self.workspace_mb}")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", _canonical_layers(self.layers))
+
+    def positions(self, count: int) -> Sequence[int]:
+        """The positions in ``range(count)`` that `layers` selects.
+
+        Raises:
+            ValueError: `layers` names a position that a model with ``count`` layers doesn't have, or selects none.
+        """
+        if self.layers is None:
+            return range(count)
+        if isinstance(self.layers, str):
+            chosen = slice(*(int(bound) if bound else None for bound in self.layers.split(":")))
+            inside = all(bound is None or -count <= bound <= count for bound in (chosen.start, chosen.stop))
+            positions = sorted(range(count)[chosen])
+        else:
+            inside = all(-count <= position < count for position in self.layers)
+            positions = sorted({position % count for position in self.layers}) if count else []
+        if not inside or not positions:
+            reason = "selects none" if inside else "goes beyond them"
+            raise ValueError(f"layers={self.layers!r}: the model has {count} Mixture-of-Experts layers, this {reason}")
+        return positions
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> DenseMixerConfig:
@@ -82,3 +112,21 @@ class DenseMixerConfig:
             except ValueError as error:
                 raise ValueError(f"environment variable {variable}={text!r}: {error}") from error
         return cls(**options)
+
+
+def _canonical_layers(layers: Any) -> tuple[int, ...] | str:
+    """A slice as a string, anything else as a tuple: the options stay hashable."""
+    wanted = f"layers must be a list of positions such as [0, -1] or a slice in quotes such as '-4:', got {layers!r}"
+    if isinstance(layers, str):
+        text = "".join(layers.split())
+        if _SLICE.fullmatch(text):
+            return text
+        try:
+            return tuple(int(position) for position in text.split(","))
+        except ValueError:
+            raise ValueError(wanted) from None
+    if not isinstance(layers, Sequence) or not all(type(position) is int for position in layers):
+        raise TypeError(wanted)
+    if not layers:
+        raise ValueError(f"{wanted}: it selects no layer; switch DenseMixer off instead")
+    return tuple(layers)

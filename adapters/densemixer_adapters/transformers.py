@@ -56,6 +56,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers, one with an unknown router, or one whose
             experts don't follow the contract of transformers 5.
+        ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.
     """
     config = config or DenseMixerConfig()
@@ -246,12 +247,20 @@ class DenseMixerLayer:
         return scores
 
 
-def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMixerLayer]:
+def _find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, block and the name of its router, of every Mixture-of-Experts layer."""
     for name, block in model.named_modules():
         router_name = next((r for r in ROUTER_NAMES if isinstance(getattr(block, r, None), nn.Module)), None)
-        if router_name is None or not isinstance(getattr(block, "experts", None), nn.Module):
-            continue
-        router, experts = _unwrap(getattr(block, router_name)), _unwrap(block.experts)
+        if router_name is not None and isinstance(getattr(block, "experts", None), nn.Module):
+            yield name, block, router_name
+
+
+def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMixerLayer]:
+    blocks = list(_find_blocks(model))
+    if not blocks:
+        return
+    for name, block, router_name in (blocks[position] for position in config.positions(len(blocks))):
+        router, experts = _unwrap(getattr(block, router_name)), _unwrap(block.get_submodule("experts"))
         where = f"{name or type(model).__name__} ({type(block).__name__})"
         spec = next((ROUTERS[c.__name__] for c in type(router).__mro__ if c.__name__ in ROUTERS), None)
         if spec is None:

@@ -1,0 +1,102 @@
+"""Runs at every start of Python: puts a lazy import hook in place, so that a framework finds DenseMixer in itself.
+
+Launchers start further processes (torchrun, Ray), so a patch made in one process doesn't reach the one that trains.
+The wheel therefore ships ``densemixer.pth`` (Python 3.15 and later: ``densemixer.start``, PEP 829), which calls
+`install` in each of them. Nothing but the standard library is imported, and nothing happens until one of the modules in
+`PATCHES` is imported; then, right after its own code has run, its patch is applied to it.
+
+To switch it off for a process and its children, set ``DENSEMIXER_BOOT=0`` before they start: that undoes all of it.
+Patches hold for the life of a process.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # `typing` is not worth its time at every start
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+PATCHES = {
+    "llamafactory.hparams.finetuning_args": "densemixer_adapters.llamafactory:patch_finetuning_args",
+    "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
+    "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
+    "llamafactory.v1.core.model_engine": "densemixer_adapters.llamafactory:patch_v1_model_engine",
+}
+"""The exact name of a module, and the function that patches it."""
+
+SWITCH = "DENSEMIXER_BOOT"
+
+
+def is_switched_off() -> bool:
+    return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "no", "off")
+
+
+def is_live() -> bool:
+    """Whether the hook is in place in this process."""
+    return _Finder in sys.meta_path
+
+
+def install() -> None:
+    """Put the hook in place, once. Never raises."""
+    if not is_live() and not is_switched_off():
+        sys.meta_path.insert(0, _Finder)
+
+
+class _Finder:
+    """First of the finders: lets the others find a module, and has it patched once its own code has run."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in PATCHES:
+            return None
+        for finder in sys.meta_path:
+            find = None if finder is cls else getattr(finder, "find_spec", None)
+            spec: ModuleSpec | None = find and find(name, path, target)
+            if spec is not None:
+                _patch_when_executed(spec.loader, name)
+                return spec
+        return None
+
+
+def _patch_when_executed(loader: Any, name: str) -> None:
+    """Shadow ``exec_module`` on this one loader, until it has run: the module keeps its own loader and spec."""
+    run = getattr(loader, "exec_module", None)
+    if run is None:
+        return
+
+    def exec_module(module: ModuleType) -> None:
+        del loader.exec_module
+        run(module)
+        _patch(module, name)
+
+    try:
+        loader.exec_module = exec_module
+    except AttributeError as error:
+        _warn(name, error)
+
+
+def _patch(module: ModuleType, name: str) -> None:
+    from importlib import import_module
+
+    try:
+        patches, function = PATCHES[name].split(":")
+        getattr(import_module(patches), function)(module)
+    except Exception as error:  # whoever doesn't use DenseMixer must not be stopped by it
+        _warn(name, error)
+
+
+def _warn(name: str, error: Exception) -> None:
+    import logging
+
+    logging.getLogger("densemixer").warning(
+        "DenseMixer can't hook into %s (%s: %s), so it is not available here. `densemixer doctor` says which versions "
+        "are supported; %s=0 in the environment switches the hooks off.",
+        name,
+        type(error).__name__,
+        error,
+        SWITCH,
+    )

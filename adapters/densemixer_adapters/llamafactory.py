@@ -1,0 +1,201 @@
+"""DenseMixer in LLaMA-Factory: ``use_densemixer: true`` in the YAML.
+
+The optional second key ``densemixer`` takes a mapping with the fields of `densemixer_core.DenseMixerConfig`.
+
+The functions ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), each right after its module of
+LLaMA-Factory was imported. Two modules per engine: the one with the arguments, so that its strict parser knows our
+keys, and the one that loads the model, the last point before DDP, FSDP or DeepSpeed wrap it. Only the model to be
+trained is touched: reference, reward, chat and export models are loaded with ``is_trainable=False``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from densemixer_adapters.deepspeed import mark_leaf_modules
+from densemixer_adapters.transformers import apply_densemixer
+from densemixer_core import DenseMixerConfig
+
+_MORE_LAYERS = "more layers in freeze_trainable_layers, or `densemixer: {{layers: ...}}` to those that you train"
+FIXES = {
+    "lora": "additional_target: {router}",
+    "oft": "additional_target: {router}",
+    "freeze": _MORE_LAYERS,
+    "v1 lora": "modules_to_save: [{router}] in peft_config",
+    "v1 freeze": _MORE_LAYERS,
+}
+"""What to set to make a frozen router trainable, by type of fine-tuning."""
+
+
+def patch_finetuning_args(module: Any) -> None:
+    """Give ``FinetuningArguments`` our two keys."""
+    module.FinetuningArguments = _with_keys(module.FinetuningArguments, _check_v0)
+
+
+def patch_v1_model_args(module: Any) -> None:
+    """Give ``ModelArguments`` of the v1 engine our two keys."""
+    module.ModelArguments = _with_keys(module.ModelArguments, _check_v1)
+
+
+def patch_loader(module: Any) -> None:
+    """Attach DenseMixer to the model that ``load_model`` loads for training."""
+    original = module.load_model
+
+    @functools.wraps(original)
+    def load_model(
+        tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, add_valuehead: bool = False
+    ) -> Any:
+        train = is_trainable and finetuning_args.use_densemixer
+        if train:
+            _check_model_args(model_args)
+        model = original(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
+        if train:
+            _attach(model, finetuning_args.densemixer, _logger(), FIXES.get(finetuning_args.finetuning_type))
+        return model
+
+    load_model.densemixer = True  # type: ignore[attr-defined]
+    module.load_model = load_model
+
+
+def patch_v1_model_engine(module: Any) -> None:
+    """Attach DenseMixer to the model that the v1 engine loads for training."""
+    engine = module.ModelEngine
+    original = engine._init_model
+
+    @functools.wraps(original)
+    def _init_model(self: Any) -> Any:
+        model = original(self)
+        if self.is_train and self.args.use_densemixer:
+            fix = FIXES.get(f"v1 {self.args.peft_config.name}") if self.args.peft_config else None
+            _attach(model, self.args.densemixer, _v1_logger(), fix)
+        return model
+
+    _init_model.densemixer = True  # type: ignore[attr-defined]
+    engine._init_model = _init_model
+
+
+def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
+    """A subclass of a dataclass of arguments that takes its place, name included, with our keys after its own."""
+
+    def post_init(self: Any) -> None:
+        arguments.__post_init__(self)  # type: ignore[attr-defined]
+        self.densemixer = _parse_options(self.densemixer)
+        if not isinstance(self.use_densemixer, bool):
+            raise ValueError(f"use_densemixer must be true or false, got {self.use_densemixer!r}")
+        if self.use_densemixer:
+            check(self)
+
+    use = dataclasses.field(
+        default=False,
+        metadata={"help": "Whether or not to train the routers of an MoE model through all experts (DenseMixer)."},
+    )
+    options = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "Options of DenseMixer, e.g. `{estimator: centered, layers: '-4:'}`. JSON on the command line."
+        },
+    )
+    subclass = dataclasses.make_dataclass(
+        arguments.__name__,
+        # The argument parser of transformers asks for a `str` in a union.
+        [("use_densemixer", bool, use), ("densemixer", dict | str | None, options)],
+        bases=(arguments,),
+        namespace={"__post_init__": post_init, "__doc__": arguments.__doc__, "__module__": arguments.__module__},
+    )
+    subclass.__qualname__ = arguments.__qualname__
+    return subclass
+
+
+def _parse_options(options: Any) -> dict[str, Any] | None:
+    """Options as a mapping. A wrong key or value is an error here, before anything is loaded."""
+    if options is None:
+        return None
+    if isinstance(options, str):
+        try:
+            options = json.loads(options)
+        except ValueError as error:
+            raise ValueError(f"densemixer must be a mapping, or one as JSON, got {options!r} ({error})") from None
+    try:
+        DenseMixerConfig.from_dict(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"densemixer: {error}") from None
+    return dict(options)
+
+
+def _check_v0(arguments: Any) -> None:
+    from llamafactory.extras.misc import is_env_enabled
+    from llamafactory.model import loader
+
+    if is_env_enabled("USE_MCA"):
+        _refuse("USE_MCA=1 trains with Megatron Core, which doesn't load models from transformers", "unset USE_MCA")
+    if arguments.use_hyper_parallel:
+        _refuse("HyperParallel has its own parallel layers, and is untested", "drop use_hyper_parallel")
+    _check_hook(loader.load_model, "llamafactory.model.loader.load_model")
+
+
+def _check_v1(arguments: Any) -> None:
+    from llamafactory.v1.core.model_engine import ModelEngine
+
+    _check_hook(ModelEngine._init_model, "llamafactory.v1.core.model_engine.ModelEngine._init_model")
+
+
+def _check_model_args(model_args: Any) -> None:
+    if model_args.use_unsloth:
+        _refuse("Unsloth replaces the forwards of the model by its own", "drop use_unsloth")
+    if model_args.use_kt:
+        _refuse("KTransformers computes the experts outside of torch's autograd", "drop use_kt")
+    checkpointing = not model_args.disable_gradient_checkpointing and model_args.use_reentrant_gc
+    if model_args.moe_aux_loss_coef and checkpointing:
+        _logger().warning_rank0(
+            "moe_aux_loss_coef gives the routers no gradient under reentrant gradient checkpointing, with or without "
+            "DenseMixer: LLaMA-Factory's model records their output in the pass without gradients. Set "
+            "`use_reentrant_gc: false` to train them with the auxiliary loss too."
+        )
+
+
+def _check_hook(function: Any, name: str) -> None:
+    # `functools.wraps` of another patch on top of ours copies the mark.
+    if not hasattr(function, "densemixer"):
+        raise RuntimeError(
+            f"use_densemixer: {name} was not hooked, so DenseMixer would have no effect. `densemixer doctor` says "
+            "which versions of LLaMA-Factory are supported."
+        )
+
+
+def _refuse(reason: str, fix: str) -> None:
+    raise ValueError(f"use_densemixer is not supported here: {reason}. Either {fix}, or use_densemixer.")
+
+
+def _attach(model: nn.Module, options: dict[str, Any] | None, logger: Any, fix: str | None) -> None:
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    config = DenseMixerConfig.from_dict(options or {})
+    handle = apply_densemixer(model, config)
+    if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
+        mark_leaf_modules(handle)
+    logger.info_rank0(f"DenseMixer trains the routers of {len(handle.layers)} layers: {config}.")
+    frozen = [layer for layer in handle.layers if not any(p.requires_grad for p in layer.router.parameters())]
+    if frozen and fix is not None:
+        name = ".".join(frozen[0].router_name.split(".")[-2:])
+        logger.warning_rank0(
+            f"DenseMixer has nothing to train in {len(frozen)} of {len(handle.layers)} layers, whose routers are "
+            f"frozen. In the YAML, set {fix.format(router=name)}."
+        )
+
+
+def _logger() -> Any:
+    from llamafactory.extras.logging import get_logger
+
+    return get_logger("llamafactory.densemixer")
+
+
+def _v1_logger() -> Any:
+    from llamafactory.v1.utils.logging import get_logger
+
+    return get_logger("llamafactory.v1.densemixer")
