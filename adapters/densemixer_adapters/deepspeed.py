@@ -1,9 +1,9 @@
 """What DeepSpeed ZeRO-3 needs besides `densemixer_adapters.transformers`.
 
 ZeRO-3 partitions parameters and brings them back module by module, in an order that it records. In the backward,
-DenseMixer runs parts of the experts once more (their activation function, in some models a norm): calls that ZeRO-3
-would take for forwards out of order. As a leaf, a block has its parameters brought back as a whole, and nothing inside
-it is watched.
+DenseMixer runs parts of the experts once more (their activation function, in some models a norm). To ZeRO-3 these are
+forwards, in a number that depends on the batch, and it drops the recorded order and with it the prefetching. As a leaf,
+a block has its parameters brought back as a whole, and nothing inside it is watched. Gradients are the same either way.
 """
 
 from __future__ import annotations

@@ -44,11 +44,10 @@ class Check:
 
 def examine() -> list[Check]:
     """Look at this interpreter and its environment. Imports none of the frameworks."""
-    installed = {
-        str(canonicalize_name(distribution.metadata["Name"])): distribution.version
-        for distribution in importlib.metadata.distributions()
-        if distribution.metadata["Name"]
-    }
+    installed: dict[str, str] = {}
+    for distribution in importlib.metadata.distributions():
+        if distribution.metadata["Name"]:  # the first on the path is the one that gets imported
+            installed.setdefault(canonicalize_name(distribution.metadata["Name"]), distribution.version)
     return [
         Check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
         _package(),

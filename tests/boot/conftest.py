@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from installs import Environment, build_wheel
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def bare(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """The wheel and nothing else: no torch, no typer."""
+    environment = Environment.create(tmp_path_factory.mktemp("environments") / "bare")
+    environment.install(wheel)
+    return environment
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """The wheel, and all packages of the environment that runs the tests."""
+    environment = Environment.create(tmp_path_factory.mktemp("environments") / "full")
+    environment.install(wheel)
+    environment.borrow()
+    return environment
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
+    """An environment with the wheel in a folder of its own, ``pip install --target``: its .pth files don't run."""
+    environment = Environment.create(tmp_path_factory.mktemp("environments") / "target")
+    environment.borrow()
+    environment.install(wheel, "--target", environment.folder / "target")
+    return environment
