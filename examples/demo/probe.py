@@ -1,0 +1,93 @@
+"""What is measured on a model besides its training: on fixed held-out rows, outside the timed steps."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from batches import Batch
+from torch import Tensor
+
+from densemixer_adapters.transformers import apply_densemixer
+from densemixer_core import DenseMixerConfig
+
+
+class Measurement(NamedTuple):
+    """A model at one moment. The two router gradients are taken at the same weights and on the same batch.
+
+    Attributes:
+        step: Optimizer steps taken so far.
+        held_out_loss: Mean cross-entropy per completion token, in nats.
+        gradient_conventional: Norm of the gradient of all router weights if only selected experts teach them.
+        gradient_densemixer: Its norm with DenseMixer.
+        share_unselected: ‖with DenseMixer − conventional‖ / ‖with DenseMixer‖.
+        routing_change: The share of the expert selections at the start that aren't made any more.
+    """
+
+    step: int
+    held_out_loss: float
+    gradient_conventional: float
+    gradient_densemixer: float
+    share_unselected: float
+    routing_change: float
+
+
+class Probe:
+    """Measures a model, to which DenseMixer must not be attached, against what it was when this was built."""
+
+    def __init__(self, model: Any, held_out: list[Batch], config: DenseMixerConfig) -> None:
+        self._model = model
+        self._held_out = held_out
+        self._config = config
+        self._start = self._selected_experts()
+
+    def measure(self, step: int) -> Measurement:
+        with apply_densemixer(self._model, self._config) as handle:
+            routers: list[Tensor] = [weight for layer in handle.layers for weight in layer.router.parameters()]
+            densemixer = self._gradient(routers)
+        conventional = self._gradient(routers)
+        return Measurement(
+            step=step,
+            held_out_loss=self._loss(),
+            gradient_conventional=conventional.norm().item(),
+            gradient_densemixer=densemixer.norm().item(),
+            share_unselected=((densemixer - conventional).norm() / densemixer.norm()).item(),
+            routing_change=self._routing_change(),
+        )
+
+    def _loss(self) -> float:
+        self._model.eval()
+        total = 0.0
+        with torch.no_grad():
+            for batch in self._held_out:
+                total += self._model(**batch._asdict(), use_cache=False).loss.item() * batch.answers
+        return total / sum(batch.answers for batch in self._held_out)
+
+    def _gradient(self, weights: list[Tensor]) -> Tensor:
+        self._model.eval()
+        loss = self._model(**self._held_out[0]._asdict(), use_cache=False).loss
+        return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)])
+
+    def _routing_change(self) -> float:
+        lost = [before & ~now for before, now in zip(self._start, self._selected_experts(), strict=True)]
+        return sum(int(layer.sum()) for layer in lost) / sum(int(layer.sum()) for layer in self._start)
+
+    def _selected_experts(self) -> list[Tensor]:
+        """Which experts each token goes to: per layer, bool [tokens without padding, experts]."""
+        batch = self._held_out[0]
+        kept = batch.attention_mask.flatten().bool()
+        selected: list[Tensor] = []
+
+        def record(experts: Any, args: tuple[Any, ...]) -> None:
+            index = args[1]
+            chosen = torch.zeros(len(index), experts.num_experts, dtype=torch.bool, device=index.device)
+            selected.append(chosen.scatter_(1, index, True)[kept])
+
+        with apply_densemixer(self._model, self._config) as handle:
+            hooks = [layer.experts.register_forward_pre_hook(record) for layer in handle.layers]
+            self._model.eval()
+            with torch.no_grad():
+                self._model(**batch._asdict(), use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        return selected
