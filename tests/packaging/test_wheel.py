@@ -21,7 +21,7 @@ def source_files() -> set[str]:
         for package, folder in SOURCES.items()
         for path in folder.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
-    }
+    } | {"densemixer.pth", "densemixer.start"}
 
 
 @pytest.fixture(scope="session")
