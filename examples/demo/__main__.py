@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+from compare import compare
 from data import library_examples, library_files, read_examples, write_examples
 from rich.console import Console
 from settings import DemoError, Settings
@@ -36,9 +37,6 @@ def main() -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         if not options.data:
             write_examples(examples, options.output / "data.jsonl")
-        # Here, for it takes seconds to import torch, and a mistake in the options or the data should show at once.
-        from compare import compare
-
         compare(examples, settings, options.output, console)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -66,8 +64,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--estimator",
+        choices=["densemixer", "centered"],
         default="densemixer",
-        help="what unselected experts teach the router, densemixer or centered (default: %(default)s)",
+        help="what unselected experts teach the router (default: %(default)s)",
     )
     parser.add_argument("--steps", type=positive, default=120, help="fine-tuning steps (default: %(default)s)")
     parser.add_argument(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
+import os
+import platform
 import resource
 import sys
 import time
@@ -15,7 +16,8 @@ import model as start_model
 import torch
 from batches import Batch, collate, encode, schedule
 from data import Example
-from probe import Measurement, Probe
+from probe import Probe
+from results import MEMORY_STEPS, Run
 from settings import DemoError, Settings
 from tqdm import tqdm  # type: ignore[import-untyped]
 from transformers import get_cosine_schedule_with_warmup
@@ -25,30 +27,6 @@ from densemixer_core import DenseMixerConfig
 
 HELD_OUT_EXAMPLES = 64
 PROBES = 10
-MEMORY_STEPS = 3
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What one arm gave.
-
-    Attributes:
-        arm: What it is called in everything that a reader sees.
-        train_loss: Nats per completion token, of each step's batch.
-        step_seconds: Duration of each step: forward, backward and optimizer.
-        measurements: From before the first step to after the last.
-        peak_mib: Highest memory use of a process that trains this arm and does nothing else, MiB.
-        examples: Number of different training examples used.
-        held_out_examples: Number of held-out examples measured on.
-    """
-
-    arm: str
-    train_loss: list[float]
-    step_seconds: list[float]
-    measurements: list[Measurement]
-    peak_mib: float
-    examples: int
-    held_out_examples: int
 
 
 def fine_tune(train: list[Example], held_out: list[Example], settings: Settings, densemixer: bool) -> Run:
@@ -57,6 +35,7 @@ def fine_tune(train: list[Example], held_out: list[Example], settings: Settings,
     Raises:
         DemoError: The data can't be used, or the model, e.g. for it has no Mixture-of-Experts layers.
     """
+    settings = start_model.on_device(settings)
     model, tokenizer = start_model.load(settings)
     config = DenseMixerConfig(estimator=settings.estimator)
     try:
@@ -90,6 +69,8 @@ def fine_tune(train: list[Example], held_out: list[Example], settings: Settings,
         peak_mib=peak_mib,
         examples=len(examples),
         held_out_examples=len(held_out_examples),
+        device=settings.device,
+        hardware=_hardware(settings.device),
     )
     every = math.ceil(settings.steps / PROBES)
     with tqdm(total=settings.steps, desc=run.arm, unit="step", disable=None) as progress:
@@ -140,3 +121,9 @@ def _peak_mib(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _hardware(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"

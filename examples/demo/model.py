@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,18 @@ PRETRAIN_LEARNING_RATE = 2e-3
 logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of loading and saving; the demo shows its own
 
 
+def on_device(settings: Settings) -> Settings:
+    """The settings with the device that "auto" stands for.
+
+    Raises:
+        DemoError: CUDA is asked for and isn't there.
+    """
+    cuda = torch.cuda.is_available()
+    if settings.device == "cuda" and not cuda:
+        raise DemoError("--device cuda: torch sees no CUDA device here")
+    return dataclasses.replace(settings, device="cuda" if cuda and settings.device != "cpu" else "cpu")
+
+
 def load(settings: Settings) -> tuple[Any, Any]:
     """The model, in float32 on its device, and its tokenizer.
 
@@ -47,6 +60,7 @@ def load(settings: Settings) -> tuple[Any, Any]:
 
 def pretrain(files: list[Path], settings: Settings) -> None:
     """Train a tokenizer and a model on source files and save both where `load` looks."""
+    settings = on_device(settings)
     torch.manual_seed(settings.seed)
     text = _corpus(files, settings)
     tokenizer = _tokenizer(text)

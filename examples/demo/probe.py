@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from batches import Batch
+from results import Measurement
 from torch import Tensor
 
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
-
-
-class Measurement(NamedTuple):
-    """A model at one moment. The two router gradients are taken at the same weights and on the same batch.
-
-    Attributes:
-        step: Optimizer steps taken so far.
-        held_out_loss: Mean cross-entropy per completion token, in nats.
-        gradient_conventional: Norm of the gradient of all router weights if only selected experts teach them.
-        gradient_densemixer: Its norm with DenseMixer.
-        share_unselected: ‖with DenseMixer − conventional‖ / ‖with DenseMixer‖.
-        routing_change: The share of the expert selections at the start that aren't made any more.
-    """
-
-    step: int
-    held_out_loss: float
-    gradient_conventional: float
-    gradient_densemixer: float
-    share_unselected: float
-    routing_change: float
 
 
 class Probe:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
 
-import torch
-import transformers
-from finetune import MEMORY_STEPS, Run
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from results import MEMORY_STEPS, Run
 from rich.table import Table
 from settings import Settings
 
@@ -45,7 +43,7 @@ def table(conventional: Run, densemixer: Run, settings: Settings) -> Table:
     shares = [f"{100 * fmean(m.share_unselected for m in run.measurements):.1f} %" for run in runs]
     seconds = [median(run.step_seconds) for run in runs]
 
-    result = Table(title=f"{settings.steps} steps of fine-tuning from one start, in the same order of data")
+    result = Table(title=f"{settings.steps} steps of fine-tuning, same start and same data")
     result.add_column()
     for run in runs:
         result.add_column(run.arm, justify="right")
@@ -69,19 +67,22 @@ def table(conventional: Run, densemixer: Run, settings: Settings) -> Table:
     return result
 
 
-def notes(run: Run, settings: Settings) -> str:
+def notes(run: Run) -> str:
     """What the table's marks mean, and what must not be read into it."""
-    return NOTES.format(probes=len(run.measurements), memory=MEMORY[settings.device], memory_steps=MEMORY_STEPS)
+    return NOTES.format(probes=len(run.measurements), memory=MEMORY[run.device], memory_steps=MEMORY_STEPS)
 
 
 def draw(conventional: Run, densemixer: Run, settings: Settings, path: Path) -> None:
     """The curves of both runs."""
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     losses, held_out, gradients, shares = figure.subplots(2, 2).flat
-    for run, colour in ((conventional, "tab:blue"), (densemixer, "tab:orange")):
-        losses.plot(range(1, len(run.train_loss) + 1), run.train_loss, color=colour, alpha=0.25, linewidth=0.8)
-        losses.plot(range(1, len(run.train_loss) + 1), _smooth(run.train_loss), color=colour, label=run.arm)
-        _plot(held_out, run, "held_out_loss", run.arm, color=colour)
+    for run, colour, width in ((conventional, "tab:blue", 4), (densemixer, "tab:orange", 1.5)):  # both show if equal
+        steps = range(1, len(run.train_loss) + 1)
+        losses.plot(steps, run.train_loss, color=colour, alpha=0.25, linewidth=0.8)
+        losses.plot(
+            range(1, len(run.train_loss) + 1), _smooth(run.train_loss), color=colour, linewidth=width, label=run.arm
+        )
+        _plot(held_out, run, "held_out_loss", run.arm, color=colour, width=width)
 
     _plot(gradients, conventional, "gradient_conventional", "conventional", color="tab:blue")
     _plot(gradients, densemixer, "gradient_densemixer", "DenseMixer", color="tab:orange")
@@ -102,14 +103,14 @@ def draw(conventional: Run, densemixer: Run, settings: Settings, path: Path) -> 
         color="tab:blue",
         dashed=True,
     )
-    shares.yaxis.set_major_formatter(PercentFormatter(1.0))
+    shares.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     shares.set_ylim(0, None)
     gradients.set_ylim(0, None)
 
     _label(losses, "Training loss (strong: running mean)", "loss, nats per completion token")
     _label(held_out, f"Held-out loss ({densemixer.held_out_examples} examples)", "loss, nats per completion token")
     _label(gradients, "Router gradient, one held-out batch", "norm over all layers, nats")
-    _label(shares, "Router gradient from unselected experts", "|G_DenseMixer - G_conventional| / |G_DenseMixer|")
+    _label(shares, "Router gradient from unselected experts", "norm of that part / norm of the whole")
     figure.suptitle(
         f"Fine-tuning with and without DenseMixer (estimator: {settings.estimator}): "
         f"one seed, {settings.steps} steps, same start and data"
@@ -117,12 +118,13 @@ def draw(conventional: Run, densemixer: Run, settings: Settings, path: Path) -> 
     figure.savefig(path, dpi=150)
 
 
-def _plot(axes: Axes, run: Run, field: str, label: str, color: str, dashed: bool = False) -> None:
+def _plot(axes: Axes, run: Run, field: str, label: str, color: str, width: float = 1.5, dashed: bool = False) -> None:
     """One field of a run's measurements against the steps taken."""
     axes.plot(
         [measurement.step for measurement in run.measurements],
         [getattr(measurement, field) for measurement in run.measurements],
         color=color,
+        linewidth=width,
         linestyle="--" if dashed else "-",
         marker="o",
         markersize=4,
@@ -148,22 +150,12 @@ def write_numbers(conventional: Run, densemixer: Run, settings: Settings, path: 
     """All measured values, and what they were measured with, as JSON."""
     numbers = {
         "settings": dataclasses.asdict(settings),
-        "environment": environment(settings),
+        "environment": {name: version(name) for name in ("torch", "transformers")}
+        | {"python": platform.python_version()},
         "conventional": _as_dict(conventional),
         "densemixer": _as_dict(densemixer),
     }
     path.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-
-
-def environment(settings: Settings) -> dict[str, str]:
-    """What the numbers depend on besides the settings."""
-    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    return {
-        "device": torch.cuda.get_device_name() if settings.device == "cuda" else cpu,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 def _as_dict(run: Run) -> dict[str, object]:

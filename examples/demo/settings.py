@@ -17,7 +17,7 @@ class Settings:
         model: Checkpoint to fine-tune, a folder or a hub id.
         pretrain_steps: 0 if the checkpoint exists; otherwise it is made there.
         max_length: Tokens per example or window.
-        device: ``"cpu"`` or ``"cuda"``; ``"auto"`` until the comparison starts.
+        device: ``"cpu"`` or ``"cuda"``; ``"auto"`` until a process looks.
     """
 
     model: str
