@@ -1,0 +1,225 @@
+"""What LLaMA-Factory's parser and loader say to our keys: errors before the model loads, and warnings with the fix."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from installs import run
+from llamafactory_runs import SCRIPTS, LlamaFactory
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError
+
+
+@pytest.fixture
+def arguments(llamafactory: LlamaFactory, tmp_path: Path) -> dict[str, Any]:
+    """A YAML's content."""
+    return {
+        "model_name_or_path": str(llamafactory.model),
+        "stage": "sft",
+        "do_train": True,
+        "finetuning_type": "full",
+        "dataset_dir": str(llamafactory.data),
+        "dataset": "sft",
+        "template": "qwen",
+        "output_dir": str(tmp_path / "out"),
+        "report_to": "none",
+        "use_cpu": True,
+        "use_densemixer": True,
+    }
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """What LLaMA-Factory's logger and ours are told."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    loggers = [logging.getLogger("llamafactory"), logging.getLogger("densemixer")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield found
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+def parse(arguments: dict[str, Any]) -> Any:
+    from llamafactory.hparams import get_train_args
+
+    return get_train_args(arguments)
+
+
+def load(arguments: dict[str, Any], *, is_trainable: bool = True, **model_settings: Any) -> Any:
+    """As ``llamafactory-cli train`` does it, up to the model."""
+    from llamafactory.model import load_model, load_tokenizer
+
+    model_args, _, _, finetuning_args, _ = parse(arguments)
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    for name, value in model_settings.items():
+        setattr(model_args, name, value)
+    return load_model(tokenizer, model_args, finetuning_args, is_trainable=is_trainable)
+
+
+def attached_layers(model: torch.nn.Module) -> set[str]:
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    owners = [getattr(hook, "__self__", None) for hook in hooks]
+    return {owner.name for owner in owners if isinstance(owner, DenseMixerLayer)}
+
+
+def test_the_help_is_the_same_but_for_our_fields(llamafactory: LlamaFactory) -> None:
+    def words(boot: str) -> list[str]:
+        done = run([SCRIPTS / "llamafactory-cli", "train", "-h"], DENSEMIXER_BOOT=boot, COLUMNS="100000")
+        assert done.returncode == 0, done.stderr
+        return done.stdout.replace("[--", "\n[--").splitlines()
+
+    plain, ours = words("0"), words("1")
+    assert not any("densemixer" in line for line in plain)
+    assert [line for line in ours if "densemixer" not in line.lower()] == plain
+    assert any("--use_densemixer" in line for line in ours)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"estimatr": "centered"}, "densemixer: unknown option of DenseMixer: 'estimatr'; did you mean 'estimator'"),
+        ({"estimator": "dense"}, "densemixer: estimator must be one of"),
+        ({"layers": "first"}, "densemixer: layers must be a list of positions"),
+        ({"workspace_mb": "big"}, "densemixer: workspace_mb must be an integer"),
+        (["centered"], "densemixer: the options of DenseMixer must be a mapping"),
+        ("{centered", "densemixer must be a mapping, or one as JSON"),
+    ],
+)
+def test_wrong_options(arguments: dict[str, Any], options: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse({**arguments, "densemixer": options})
+
+
+def test_a_switch_that_is_not_one(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="use_densemixer must be true or false, got 'yes please'"):
+        parse({**arguments, "use_densemixer": "yes please"})
+
+
+def test_options_reach_the_layers(arguments: dict[str, Any], messages: list[str]) -> None:
+    model = load({**arguments, "densemixer": {"estimator": "centered", "layers": [-1]}})
+    assert attached_layers(model) == {"model.layers.1.mlp"}
+    assert any("DenseMixer trains the routers of 1 layers" in text and "centered" in text for text in messages)
+
+
+def test_options_as_json_on_a_command_line(arguments: dict[str, Any]) -> None:
+    assert parse({**arguments, "densemixer": '{"layers": "-1:"}'})[3].densemixer == {"layers": "-1:"}
+
+
+def test_layers_that_the_model_does_not_have(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
+        load({**arguments, "densemixer": {"layers": [7]}})
+
+
+def test_only_the_model_to_be_trained_is_touched(arguments: dict[str, Any]) -> None:
+    from llamafactory.train.trainer_utils import create_ref_model
+
+    assert len(attached_layers(load(arguments))) == 2
+    assert not attached_layers(load(arguments, is_trainable=False))
+    model_args, *_, finetuning_args, _ = parse({**arguments, "stage": "dpo", "dataset": "dpo"})
+    assert not attached_layers(create_ref_model(model_args, finetuning_args))
+
+
+def test_megatron_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from llamafactory.hparams import FinetuningArguments
+
+    monkeypatch.setenv("USE_MCA", "1")
+    with pytest.raises(ValueError, match=r"not supported here: USE_MCA=1 .* Either unset USE_MCA, or use_densemixer"):
+        FinetuningArguments(use_densemixer=True)
+    FinetuningArguments()
+
+
+def test_hyper_parallel_is_refused(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="drop use_hyper_parallel"):
+        parse({**arguments, "use_hyper_parallel": True})
+
+
+@pytest.mark.parametrize("setting", ["use_unsloth", "use_kt"])
+def test_other_loaders_are_refused_before_anything_loads(arguments: dict[str, Any], setting: str) -> None:
+    with pytest.raises(ValueError, match=f"drop {setting}"):
+        load(arguments, **{setting: True}, model_name_or_path="/nowhere")
+
+
+def test_a_model_without_experts(arguments: dict[str, Any], llamafactory: LlamaFactory, tmp_path: Path) -> None:
+    config = Qwen3Config(
+        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+    )
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    for file in llamafactory.model.glob("*token*"):
+        (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
+    dense = {**arguments, "model_name_or_path": str(tmp_path / "dense")}
+    with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM has no Mixture-of-Experts layers"):
+        load(dense)
+    load({**dense, "use_densemixer": False})
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_frozen_router_is_a_warning_with_the_fix(arguments: dict[str, Any], messages: list[str], fixed: bool) -> None:
+    lora = {**arguments, "finetuning_type": "lora", "lora_target": "q_proj,v_proj"}
+    load({**lora, "additional_target": "mlp.gate"} if fixed else lora)
+    warned = any("In the YAML, set additional_target: mlp.gate." in text for text in messages)
+    assert warned is not fixed
+
+
+def router_gradient(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.arange(3, 67).view(2, 32)
+    model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
+    return model.get_parameter("model.layers.0.mlp.gate.weight").grad
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_auxiliary_loss_under_reentrant_checkpointing(
+    arguments: dict[str, Any], messages: list[str], reentrant: bool
+) -> None:
+    """Also that the warning is still true: without DenseMixer, the auxiliary loss changes the gradient or doesn't."""
+    settings = {**arguments, "use_reentrant_gc": reentrant}
+    load({**settings, "moe_aux_loss_coef": 1.0})
+    assert any("moe_aux_loss_coef gives the routers no gradient" in text for text in messages) is reentrant
+
+    conventional = {**settings, "use_densemixer": False}
+    without, with_loss = (router_gradient(load({**conventional, "moe_aux_loss_coef": c})) for c in (None, 10.0))
+    assert torch.allclose(without, with_loss) is reentrant
+
+
+def test_blocks_are_leaf_modules_under_zero3(arguments: dict[str, Any]) -> None:
+    """On a live model: loading one under ZeRO-3 takes several processes, see test_train."""
+    from deepspeed.utils import get_z3_leaf_modules
+    from llamafactory.model import loader
+    from transformers.integrations import HfDeepSpeedConfig
+
+    from densemixer_adapters.llamafactory import patch_loader
+
+    model_args, _, _, finetuning_args, _ = parse({**arguments, "finetuning_type": "full"})
+    model = load({**arguments, "use_densemixer": False})
+
+    class Loaded:
+        """A module whose ``load_model`` returns what is loaded already."""
+
+        @staticmethod
+        def load_model(*arguments: Any) -> Any:
+            return model
+
+    patch_loader(Loaded)
+    assert loader.load_model is not Loaded.load_model
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    Loaded.load_model(None, model_args, finetuning_args, True)
+    assert get_z3_leaf_modules(model) == [layer.mlp for layer in model.model.layers]
+    del config
+
+
+def test_a_hook_that_is_missing_is_an_error(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a version of LLaMA-Factory had its arguments where we expect them, and its loader elsewhere."""
+    from llamafactory.model import loader
+
+    monkeypatch.setattr(loader, "load_model", loader.load_model.__wrapped__)
+    with pytest.raises(RuntimeError, match=r"llamafactory.model.loader.load_model was not hooked.*densemixer doctor"):
+        parse(arguments)
+    parse({**arguments, "use_densemixer": False})

@@ -1,0 +1,137 @@
+"""``llamafactory-cli train`` with and without ``use_densemixer: true``.
+
+The tests of one process compare with training without the key; those of several with one process, whose gradients
+tests/deepspeed and tests/core compare with the oracle.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from llamafactory_runs import EXAMPLES, SGD, LlamaFactory, Run
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+V1 = {"data": "v1", "environment": (("USE_V1", "1"),)}
+ZERO3 = f"deepspeed={EXAMPLES / 'ds_z3_config.json'}"
+
+
+def routers(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight for name, weight in weights.items() if "mlp.gate" in name}
+
+
+def change(run: Run, start: dict[str, Tensor]) -> Tensor:
+    """Of all routers' weights, by training. An adapter's names have a prefix."""
+    found = routers(run.weights)
+    assert len(found) == 2
+    return torch.cat(
+        [(found[name] - start[name.removeprefix("base_model.model.")]).flatten() for name in sorted(found)]
+    )
+
+
+def difference(run: Run, other: Run, start: dict[str, Tensor]) -> float:
+    """Of the changes of the routers' weights, relative to the size of ``other``'s."""
+    theirs = change(other, start)
+    assert theirs.norm() > 0
+    return ((change(run, start) - theirs).norm() / theirs.norm()).item()
+
+
+def same_but_for_the_routers_gradient(run: Run, plain: Run, start: dict[str, Tensor]) -> None:
+    assert (run.attached, plain.attached) == (1, 0)
+    assert run.losses[0] == plain.losses[0]
+    assert difference(run, plain, start) > 0.05
+    assert run.weights.keys() == plain.weights.keys()
+    assert run.files == plain.files
+
+
+def test_full_sft(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
+    run = llamafactory.train("full_sft.yaml", *SGD)
+    same_but_for_the_routers_gradient(run, llamafactory.train("full_sft.yaml", *SGD, key=False), start)
+    assert "densemixer" not in (run.output / "config.json").read_text().lower()
+
+
+def test_without_the_key_nothing_changes(llamafactory: LlamaFactory) -> None:
+    hooked = llamafactory.train("full_sft.yaml", *SGD, key=False)
+    off = llamafactory.train("full_sft.yaml", *SGD, key=False, environment=(("DENSEMIXER_BOOT", "0"),))
+    assert "densemixer" not in hooked.log.lower()
+    assert hooked.losses == off.losses
+    assert all(torch.equal(weight, off.weights[name]) for name, weight in hooked.weights.items())
+    assert hooked.files == off.files
+
+
+def test_lora_trains_the_router_and_exports(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
+    run = llamafactory.train("lora_sft.yaml", *SGD)
+    same_but_for_the_routers_gradient(run, llamafactory.train("lora_sft.yaml", *SGD, key=False), start)
+
+    merged = llamafactory.folder / "merged"
+    llamafactory.call(
+        "export",
+        EXAMPLES / "lora_export.yaml",
+        f"model_name_or_path={llamafactory.model}",
+        f"adapter_name_or_path={run.output}",
+        "template=qwen",
+        f"export_dir={merged}",
+        "infer_dtype=float32",
+    )
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    assert model.state_dict().keys() == AutoModelForCausalLM.from_pretrained(llamafactory.model).state_dict().keys()
+    for name, weight in routers(run.weights).items():
+        torch.testing.assert_close(
+            model.get_parameter(name.removeprefix("base_model.model.")), weight, check_dtype=False
+        )
+
+
+def test_dpo(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
+    """That the reference stays untouched: attached once, and the first loss is log 2, that of two equal models."""
+    run = llamafactory.train("dpo.yaml", *SGD, "max_steps=2", data="dpo")
+    same_but_for_the_routers_gradient(
+        run, llamafactory.train("dpo.yaml", *SGD, "max_steps=2", data="dpo", key=False), start
+    )
+    assert run.losses[0] == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "overrides"),
+    [
+        pytest.param("full_sft.yaml", (), id="ddp"),
+        pytest.param("zero3.yaml", (ZERO3,), id="zero3"),
+        pytest.param("zero3.yaml", ("deepspeed={zero2}",), id="zero2"),
+        pytest.param("lora_sft.yaml", (ZERO3,), id="zero3-lora"),
+    ],
+)
+def test_two_ranks_train_like_one(
+    llamafactory: LlamaFactory, start: dict[str, Tensor], yaml: str, overrides: tuple[str, ...]
+) -> None:
+    config = json.loads((EXAMPLES / "ds_z3_config.json").read_text())
+    config["zero_optimization"]["stage"] = 2
+    zero2 = llamafactory.folder / "zero2.json"
+    zero2.write_text(json.dumps(config))
+    overrides = tuple(override.format(zero2=zero2) for override in overrides)
+
+    alone = "lora_sft.yaml" if yaml == "lora_sft.yaml" else "full_sft.yaml"
+    one = llamafactory.train(alone, *SGD)
+    two = llamafactory.train(yaml, *SGD, *overrides, "per_device_train_batch_size=2", ranks=2)
+    assert two.attached == 1  # rank 0 says so
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert two.weights.keys() == one.weights.keys()
+    assert difference(two, one, start) < 1e-3
+    assert difference(one, llamafactory.train(alone, *SGD, key=False), start) > 0.05
+
+
+def test_the_v1_engine(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
+    def losses(run: Run) -> list[str]:
+        return re.findall(r"loss['\"]?[:=] *([0-9.]+)", run.log)
+
+    arguments: dict[str, Any] = V1
+    run = llamafactory.train("v1_sft.yaml", **arguments)
+    plain = llamafactory.train("v1_sft.yaml", **arguments, key=False)
+    assert (run.attached, plain.attached) == (1, 0)
+    assert len(losses(run)) >= 3
+    assert losses(run)[0] == losses(plain)[0]
+    assert run.weights.keys() == plain.weights.keys()
+    assert run.files == plain.files
+    assert difference(run, plain, start) > 0.05
