@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,8 @@ def patch_loader(module: Any) -> None:
     def load_model(
         tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, add_valuehead: bool = False
     ) -> Any:
-        train = is_trainable and finetuning_args.use_densemixer
+        # The key is missing if its patch failed, which must not stop those who don't use it.
+        train = is_trainable and getattr(finetuning_args, "use_densemixer", False)
         if train:
             _check_model_args(model_args)
         model = original(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
@@ -71,7 +73,7 @@ def patch_v1_model_engine(module: Any) -> None:
     @functools.wraps(original)
     def _init_model(self: Any) -> Any:
         model = original(self)
-        if self.is_train and self.args.use_densemixer:
+        if self.is_train and getattr(self.args, "use_densemixer", False):
             fix = FIXES.get(f"v1 {self.args.peft_config.name}") if self.args.peft_config else None
             _attach(model, self.args.densemixer, _v1_logger(), fix)
         return model
@@ -90,6 +92,8 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
             raise ValueError(f"use_densemixer must be true or false, got {self.use_densemixer!r}")
         if self.use_densemixer:
             check(self)
+        elif self.densemixer is not None:
+            logging.getLogger("densemixer").warning("densemixer has no effect without use_densemixer: true.")
 
     use = dataclasses.field(
         default=False,
@@ -106,9 +110,9 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
         # The argument parser of transformers asks for a `str` in a union.
         [("use_densemixer", bool, use), ("densemixer", dict | str | None, options)],
         bases=(arguments,),
-        namespace={"__post_init__": post_init, "__doc__": arguments.__doc__, "__module__": arguments.__module__},
+        namespace={"__post_init__": post_init, "__doc__": arguments.__doc__},
     )
-    subclass.__qualname__ = arguments.__qualname__
+    subclass.__module__, subclass.__qualname__ = arguments.__module__, arguments.__qualname__  # Ray pickles it by name
     return subclass
 
 
@@ -154,7 +158,7 @@ def _check_model_args(model_args: Any) -> None:
     if model_args.moe_aux_loss_coef and checkpointing:
         _logger().warning_rank0(
             "moe_aux_loss_coef gives the routers no gradient under reentrant gradient checkpointing, with or without "
-            "DenseMixer: LLaMA-Factory's model records their output in the pass without gradients. Set "
+            "DenseMixer: their output is recorded in the pass without gradients. Set "
             "`use_reentrant_gc: false` to train them with the auxiliary loss too."
         )
 

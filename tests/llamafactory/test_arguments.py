@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,18 @@ def test_options_reach_the_layers(arguments: dict[str, Any], messages: list[str]
 
 def test_options_as_json_on_a_command_line(arguments: dict[str, Any]) -> None:
     assert parse({**arguments, "densemixer": '{"layers": "-1:"}'})[3].densemixer == {"layers": "-1:"}
+
+
+def test_options_without_the_switch(arguments: dict[str, Any], messages: list[str]) -> None:
+    model = load({**arguments, "use_densemixer": False, "densemixer": {"estimator": "centered"}})
+    assert not attached_layers(model)
+    assert "densemixer has no effect without use_densemixer: true." in messages
+
+
+def test_the_arguments_can_be_pickled(arguments: dict[str, Any]) -> None:
+    """As Ray does it."""
+    finetuning_args = parse({**arguments, "densemixer": {"layers": [0]}})[3]
+    assert pickle.loads(pickle.dumps(finetuning_args)) == finetuning_args
 
 
 def test_layers_that_the_model_does_not_have(arguments: dict[str, Any]) -> None:
