@@ -30,6 +30,24 @@ def test_pip(llamafactory: LlamaFactory, tmp_path: Path, kind: str, torchrun: st
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_densemixer_run_where_pth_files_do_not_run(llamafactory: LlamaFactory, tmp_path: Path) -> None:
+    """``pip install --target``: the key is unknown to the plain command, and known under ``densemixer run``."""
+    environment = Environment.create(tmp_path / "environment")
+    environment.install(build_wheel(tmp_path), "--target", tmp_path / "target")
+    environment.borrow(*COMMANDS)
+    command = train_command(llamafactory, tmp_path / "out")
+    settings = {"PYTHONPATH": str(tmp_path / "target"), "OMP_NUM_THREADS": "1"}
+
+    plain = environment.run(*command, **settings)
+    assert plain.returncode != 0
+    assert "use_densemixer" in plain.stderr
+
+    fallback = [environment.python, "-m", "densemixer_adapters.cli", "run", "--"]
+    done = environment.run(*fallback, *command, **settings, FORCE_TORCHRUN="1", NPROC_PER_NODE="1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "DenseMixer trains the routers of 2 layers" in done.stdout
+
+
 def test_uv_run(llamafactory: LlamaFactory, tmp_path: Path) -> None:
     """A project that depends on this package; `uv run` makes its environment, without the dependencies we borrow."""
     uv = shutil.which("uv", path=str(SCRIPTS)) or shutil.which("uv")
