@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -12,6 +13,15 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
+
+
+def is_installed(distribution: str) -> bool:
+    """By its metadata: the folders of our tests look like packages of the same names to Python."""
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def run(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:

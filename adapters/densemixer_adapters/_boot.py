@@ -9,12 +9,10 @@ To switch it off for a process and its children, set ``DENSEMIXER_BOOT=0`` befor
 Patches hold for the life of a process.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 
-TYPE_CHECKING = False  # `typing` is not worth its time at every start
+TYPE_CHECKING = False  # neither `typing` nor `__future__` is worth its time at every start
 if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
@@ -50,7 +48,7 @@ class _Finder:
     """First of the finders: lets the others find a module, and has it patched once its own code has run."""
 
     @classmethod
-    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+    def find_spec(cls, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
         if name not in PATCHES:
             return None
         for finder in sys.meta_path:
@@ -62,13 +60,13 @@ class _Finder:
         return None
 
 
-def _patch_when_executed(loader: Any, name: str) -> None:
+def _patch_when_executed(loader: "Any", name: str) -> None:
     """Shadow ``exec_module`` on this one loader, until it has run: the module keeps its own loader and spec."""
     run = getattr(loader, "exec_module", None)
     if run is None:
         return
 
-    def exec_module(module: ModuleType) -> None:
+    def exec_module(module: "ModuleType") -> None:
         del loader.exec_module
         run(module)
         _patch(module, name)
@@ -79,7 +77,7 @@ def _patch_when_executed(loader: Any, name: str) -> None:
         _warn(name, error)
 
 
-def _patch(module: ModuleType, name: str) -> None:
+def _patch(module: "ModuleType", name: str) -> None:
     from importlib import import_module
 
     try:

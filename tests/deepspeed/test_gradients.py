@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from installs import is_installed
 
 WORKER = Path(__file__).parent / "worker.py"
 CHECKPOINTING = ("none", "non-reentrant", "reentrant")
@@ -17,7 +17,7 @@ CHECKPOINTING = ("none", "non-reentrant", "reentrant")
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
-    if importlib.util.find_spec("deepspeed") is None:
+    if not is_installed("deepspeed"):
         pytest.skip("needs deepspeed 0.19.8; run `nox -s llamafactory`")
     report = tmp_path_factory.mktemp("deepspeed") / "report.json"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", WORKER, report]

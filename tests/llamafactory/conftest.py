@@ -1,8 +1,7 @@
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
+from installs import is_installed
 from llamafactory_runs import LlamaFactory
 from safetensors.torch import load_file
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 
 @pytest.fixture(scope="session")
 def llamafactory(tmp_path_factory: pytest.TempPathFactory) -> LlamaFactory:
-    if importlib.util.find_spec("llamafactory") is None:
+    if not is_installed("llamafactory"):
         pytest.skip("needs llamafactory 0.9.5; run `nox -s llamafactory`")
     return LlamaFactory(tmp_path_factory.mktemp("llamafactory"))
 
