@@ -68,6 +68,28 @@ def transformers(session: nox.Session, pins: str) -> None:
     session.run("pytest", *tests, env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
 
 
+# torchaudio, which LLaMA-Factory imports, does without its compiled libraries if they aren't there; they need CUDA.
+WITHOUT_CUDA = """
+import importlib.util, pathlib, torch
+if not torch.cuda.is_available():
+    for library in pathlib.Path(importlib.util.find_spec("torchaudio").origin).parent.glob("lib/*.so"):
+        library.unlink()
+"""
+
+
+@nox.session
+def llamafactory(session: nox.Session) -> None:
+    """LLaMA-Factory and DeepSpeed, the start-up hook, and the command line."""
+    session.chdir(ROOT)
+    session.install("torch==2.13.0")
+    session.install("--no-deps", "-r", str(CI / "environments" / "llamafactory.txt"))
+    # Only a source distribution, whose setup imports torch; it compiles nothing before it is used.
+    session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    install_editable(session)
+    session.run("python", "-c", WITHOUT_CUDA)
+    session.run("pytest", *(session.posargs or ["tests/boot", "tests/deepspeed", "tests/llamafactory"]))
+
+
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Fine-tune a small Mixture-of-Experts model with and without DenseMixer."""
