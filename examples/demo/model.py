@@ -33,7 +33,7 @@ logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # those of load
 
 
 def on_device(settings: Settings) -> Settings:
-    """The settings with the device that "auto" stands for.
+    """The settings with the device that "auto" stands for; on a CPU, torch is set to repeat a run exactly.
 
     Raises:
         DemoError: CUDA is asked for and isn't there.
@@ -41,7 +41,12 @@ def on_device(settings: Settings) -> Settings:
     cuda = torch.cuda.is_available()
     if settings.device == "cuda" and not cuda:
         raise DemoError("--device cuda: torch sees no CUDA device here")
-    return dataclasses.replace(settings, device="cuda" if cuda and settings.device != "cpu" else "cpu")
+    device = "cuda" if cuda and settings.device != "cpu" else "cpu"
+    # With several threads the sums in the backward are otherwise taken in the order in which the threads finish.
+    # Filling new memory, which comes with it, only costs time here.
+    torch.use_deterministic_algorithms(device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    return dataclasses.replace(settings, device=device)
 
 
 def load(settings: Settings) -> tuple[Any, Any]:
