@@ -59,7 +59,9 @@ def load(settings: Settings) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(settings.model)
         model: Any = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise DemoError(f"can't load the model {settings.model}: {error}") from None
+        raise DemoError(
+            f"{settings.model}: no checkpoint folder or hub model that transformers can load: {error}"
+        ) from None
     return model.to(settings.device), tokenizer
 
 
