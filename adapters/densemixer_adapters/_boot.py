@@ -23,10 +23,18 @@ PATCHES = {
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
     "llamafactory.v1.core.model_engine": "densemixer_adapters.llamafactory:patch_v1_model_engine",
+    "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
+    "verl.workers.config.model": "densemixer_adapters.verl:patch_model_config",
+    "verl.workers.engine.base": "densemixer_adapters.verl:patch_engine_registry",
+    "verl.workers.engine.fsdp.transformer_impl": "densemixer_adapters.verl:patch_fsdp_engine",
+    "verl.workers.engine_workers": "densemixer_adapters.verl:patch_training_worker",
 }
 """The exact name of a module, and the function that patches it."""
 
 SWITCH = "DENSEMIXER_BOOT"
+
+_taken: set[str] = set()
+"""Names of modules that are patched, or will be as soon as their own code has run."""
 
 
 def is_switched_off() -> bool:
@@ -42,6 +50,14 @@ def install() -> None:
     """Put the hook in place, once. Never raises."""
     if not is_live() and not is_switched_off():
         sys.meta_path.insert(0, _Finder)
+
+
+def patch_imported() -> None:
+    """Patch what was imported before the hook was in place: for frameworks that load us themselves. Never raises."""
+    for name in PATCHES if is_live() else ():
+        if name in sys.modules and name not in _taken:
+            _taken.add(name)
+            _patch(sys.modules[name], name)
 
 
 class _Finder:
@@ -71,6 +87,7 @@ def _patch_when_executed(loader: "Any", name: str) -> None:
         run(module)
         _patch(module, name)
 
+    _taken.add(name)
     try:
         loader.exec_module = exec_module
     except AttributeError as error:

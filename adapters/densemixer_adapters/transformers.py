@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -122,6 +122,9 @@ class DenseMixerLayer:
         block: The module that owns router and experts.
         router_name: The router's name in the model, e.g. ``model.layers.0.mlp.gate``.
         experts: The module with the stacked weights.
+        observe: None, or a function of the scores, [tokens, experts], and the experts' input, [..., hidden]. What it
+            returns takes the place of the scores for DenseMixer alone, so the gradient that comes back there is the one
+            that DenseMixer adds.
     """
 
     def __init__(
@@ -131,6 +134,7 @@ class DenseMixerLayer:
         self.block = block
         self.router_name = f"{name}.{router_name}" if name else router_name
         self.experts = experts
+        self.observe: Callable[[Tensor, Tensor], Tensor] | None = None
         self._router = spec
         self._renormalised = spec.is_renormalised([_unwrap(self.router), block])
         self._config = config
@@ -146,6 +150,11 @@ class DenseMixerLayer:
         """The router, as the block calls it now: PEFT may have wrapped it since."""
         router: nn.Module = getattr(self.block, self.router_name.rpartition(".")[2])
         return router
+
+    @property
+    def score(self) -> str:
+        """The function that makes scores of the router's logits, see `densemixer_core.routing`."""
+        return self._router.score
 
     @property
     def router_is_frozen(self) -> bool:
@@ -207,9 +216,10 @@ class DenseMixerLayer:
                 "DenseMixer doesn't work with the expert parallelism of transformers yet; load the model without an "
                 "expert-parallel plan, or switch DenseMixer off."
             )
+        scores = self._scores(router_output, index, weights)
         return straight_through(
             output,
-            self._scores(router_output, index, weights),
+            scores if self.observe is None else self.observe(scores, x),
             x=x,
             index=index,
             weights=weights,

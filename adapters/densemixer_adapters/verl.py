@@ -1,0 +1,186 @@
+"""DenseMixer in verl: ``+actor_rollout_ref.model.override_config.densemixer=true`` on the command line.
+
+``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping with
+the fields of `densemixer_core.DenseMixerConfig` gives options. The engines ``fsdp`` and ``fsdp2`` are served.
+
+verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
+``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
+verl was imported. Importing this module puts that hook in place where it isn't yet. verl does so by itself
+(entry point ``verl.plugins``); ``…model.external_lib=densemixer_adapters.verl`` serves where this package can be imported
+but is not installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from densemixer_adapters import _boot
+from densemixer_adapters.metrics import RouterGradients
+from densemixer_adapters.transformers import apply_densemixer
+from densemixer_core import DenseMixerConfig
+
+logger = logging.getLogger("densemixer")
+
+KEY = "densemixer"
+SWITCH = f"override_config.{KEY}"
+ENGINES = ("fsdp", "fsdp2")
+
+
+def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
+    """The options in a model's ``override_config``, or in ``model_config`` therein; None where DenseMixer is off.
+
+    Raises:
+        ValueError: Our key's value or an option is wrong, or a key looks like a misspelling of ours.
+    """
+    places = [override_config, override_config.get("model_config") or {}]
+    for key in (key for place in places for key in place):
+        if key != KEY and difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8):
+            raise ValueError(f"override_config.{key}: no such key; did you mean {SWITCH}?")
+    value = next((place[KEY] for place in places if KEY in place), None)
+    if value is None or value is False:
+        return None
+    if value is True:
+        return DenseMixerConfig()
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{SWITCH} must be true, false or a mapping of options, got {value!r}")
+    try:
+        return DenseMixerConfig.from_dict(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{SWITCH}: {error}") from None
+
+
+def patch_metric_utils(module: Any) -> None:
+    """Keep our key out of the model configuration that verl's metrics look at."""
+    module.update_model_config = _without_our_key(module.update_model_config)
+
+
+def patch_model_config(module: Any) -> None:
+    """Keep our key out of the model's configuration, and so of checkpoints, and have it travel with verl's."""
+    module.update_model_config = _without_our_key(module.update_model_config)
+    config_class = module.HFModelConfig
+    original = config_class.__reduce_ex__
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        # The driver builds the critic's configuration and sends it to the workers, which then don't import
+        # `external_lib`: let unpickling import this module.
+        return (
+            (_rebuild, (type(self), self.__dict__)) if read_options(self.override_config) else original(self, protocol)
+        )
+
+    config_class.__reduce_ex__ = __reduce_ex__
+
+
+def patch_engine_registry(module: Any) -> None:
+    """Refuse engines that we don't serve, before they are built."""
+    registry = module.EngineRegistry
+    original = registry.new
+
+    @functools.wraps(original)
+    def new(model_type: str, backend: str, *args: Any, **kwargs: Any) -> Any:
+        model, engine = kwargs.get("model_config"), kwargs.get("engine_config")
+        wanted = model is not None and engine is not None and not engine.forward_only and _options(model)
+        if wanted and backend not in ENGINES:
+            megatron = (
+                " Megatron Core needs an adapter of its own, which doesn't exist yet." if backend == "megatron" else ""
+            )
+            raise ValueError(
+                f"{SWITCH}: verl's engine {backend!r} is not supported, only {' and '.join(ENGINES)}.{megatron} Either "
+                f"set strategy=fsdp2 for this role, or drop {SWITCH}."
+            )
+        return original(model_type, backend, *args, **kwargs)
+
+    registry.new = staticmethod(new)
+
+
+def patch_fsdp_engine(module: Any) -> None:
+    """Attach DenseMixer where the engine builds its model, before LoRA and FSDP wrap it; measure before it steps."""
+    engine = module.FSDPEngine
+    build, build_lora, step = engine._build_module, engine._build_lora_module, engine.optimizer_step
+
+    @functools.wraps(build)
+    def _build_module(self: Any) -> Any:
+        model = build(self)
+        # A reference policy is built from the actor's configuration, but only ever runs forward.
+        options = None if self.engine_config.forward_only else _options(self.model_config)
+        if options is not None:
+            if self._qat_enabled:
+                raise ValueError(
+                    f"{SWITCH} doesn't work with quantisation-aware training (qat.enable). Switch one off."
+                )
+            try:
+                self._densemixer = RouterGradients(apply_densemixer(model, options))
+            except ValueError as error:
+                raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
+            logger.warning("DenseMixer trains the routers of %d layers: %s", len(self._densemixer.layers), options)
+        return model
+
+    @functools.wraps(build_lora)
+    def _build_lora_module(self: Any, model: Any) -> Any:
+        model = build_lora(self, model)
+        attached = _attached(self)
+        if attached is not None and all(layer.router_is_frozen for layer in attached.layers):
+            weight = ".".join([*attached.layers[0].router_name.split(".")[-2:], "weight"])
+            raise ValueError(
+                f"{SWITCH}: LoRA leaves the routers frozen, so DenseMixer has nothing to train. Set "
+                f"+…model.target_parameters=[{weight}] for this role, or drop {SWITCH}."
+            )
+        return model
+
+    @functools.wraps(step)
+    def optimizer_step(self: Any) -> Any:
+        attached = _attached(self)
+        if attached is not None:  # before the gradients are clipped, like verl's own norm
+            attached.measure(1.0 if self.scaler is None else self.scaler.get_scale())
+        return step(self)
+
+    engine._build_module = _build_module
+    engine._build_lora_module = _build_lora_module
+    engine.optimizer_step = optimizer_step
+
+
+def patch_training_worker(module: Any) -> None:
+    """Report the measurements beside verl's own metrics of an update."""
+    worker = module.TrainingWorker
+    original = worker._postprocess_output
+
+    @functools.wraps(original)
+    def _postprocess_output(self: Any, output: Any, *, forward_only: bool, **kwargs: Any) -> Any:
+        result = original(self, output, forward_only=forward_only, **kwargs)
+        attached = _attached(self.engine)
+        if attached is not None and not forward_only:
+            measured = {f"{KEY}/{name}": value for name, value in attached.measured.items()}
+            result.set_non_tensor("metrics", {**result["metrics"], **measured})
+        return result
+
+    worker._postprocess_output = _postprocess_output
+
+
+def _options(model_config: Any) -> DenseMixerConfig | None:
+    return read_options(getattr(model_config, "override_config", None) or {})
+
+
+def _attached(engine: Any) -> RouterGradients | None:
+    return getattr(engine, "_densemixer", None)
+
+
+def _without_our_key(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+    @functools.wraps(update)
+    def update_model_config(module_config: Any, override_config_kwargs: Mapping[str, Any]) -> None:
+        read_options(override_config_kwargs)  # a wrong option is an error in whatever process reads it first
+        update(module_config, {key: value for key, value in override_config_kwargs.items() if key != KEY})
+
+    return update_model_config
+
+
+def _rebuild(config_class: Any, state: dict[str, Any]) -> Any:
+    config = config_class.__new__(config_class)
+    config.__dict__.update(state)
+    return config
+
+
+_boot.install()
+_boot.patch_imported()
