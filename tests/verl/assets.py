@@ -19,13 +19,13 @@ TEMPLATE = (
 
 
 def make_assets(folder: Path) -> None:
-    """``model``, ``half_dead`` (a model half of whose experts can't be selected) and the data files."""
+    """``model``, ``half_dead`` (half of its experts can't be selected), ``dense`` (no experts) and the data files."""
     make_data(folder)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
-    for name in ("model", "half_dead"):
-        if name == "half_dead":
-            kill_half_of_the_experts(model)
+    half_dead = make_model(tokenizer)
+    kill_half_of_the_experts(half_dead)
+    dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**half_dead.config.to_dict(), "mlp_only_layers": [0, 1]}))
+    for name, model in {"model": make_model(tokenizer), "half_dead": half_dead, "dense": dense}.items():
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 

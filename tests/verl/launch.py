@@ -127,6 +127,12 @@ def sft(folder: Path, assets: Path, *settings: str, ranks: int = 1, ray: bool = 
     return execute(folder, [*torchrun, "-m", "verl.trainer.sft_trainer", *arguments], env)
 
 
+def torchrun(folder: Path, script: Path, *arguments: object, ranks: int) -> Run:
+    """A script of ours, with the same support."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return execute(folder, [*command, script, *arguments], {})
+
+
 def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
     """In a process group of its own, none of which outlives the call."""
     folder.mkdir(parents=True)
