@@ -22,7 +22,13 @@ from tensordict.tensorclass import NonTensorData
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.utils.distributed import initialize_global_process_group_ray
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
+from verl.workers.config import (
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+    TrainingWorkerConfig,
+)
+from verl.workers.config.engine import QATEngineConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import sft_loss
 
@@ -50,10 +56,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**LORA, "target_parameters": ["mlp.gate.weight", "experts.gate_up_proj", "experts.down_proj"]},
         {},
     ),
-    "LoRA without routers": (ON, LORA, {}),
-    "LoRA without routers, off": ({}, LORA, {}),
+    "LoRA on all linear layers": (ON, LORA, {}),
+    "LoRA off": ({}, LORA, {}),
+    "LoRA without routers": (ON, {**LORA, "target_modules": ["q_proj"]}, {}),
     "no experts": (ON, {"path": "dense"}, {}),
     "layers that do not exist": ({"densemixer": {"layers": [7]}}, {}, {}),
+    "quantisation-aware": (ON, {}, {"qat": QATEngineConfig(enable=True)}),
     "reference": (ON, {}, {"forward_only": True}),
 }
 
@@ -105,6 +113,14 @@ def make_batch() -> Any:
     return data
 
 
+def count_layers(model: torch.nn.Module) -> int:
+    """That DenseMixer is attached to."""
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    return len(
+        {id(hook.__self__) for hook in hooks if type(getattr(hook, "__self__", None)).__name__ == "DenseMixerLayer"}
+    )
+
+
 def worst(gradients: dict[str, Any], truth: dict[str, Any], only: str = "") -> float:
     assert gradients.keys() == truth.keys(), gradients.keys() ^ truth.keys()
     # LoRA's second factor starts at zero, and the first one's gradient with it.
@@ -121,16 +137,18 @@ def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: d
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     if engine.get("forward_only"):
-        hooks = sum(len(module._forward_hooks) for module in worker.engine.module.modules())
-        return {"hooks": hooks}
+        return {"layers": count_layers(worker.engine.module)}
     output = worker.train_batch(make_batch())
-    options = override.get("densemixer", override.get("model_config", {}).get("densemixer", {"estimator": "conventional"}))
+    options = override.get(
+        "densemixer", override.get("model_config", {}).get("densemixer", {"estimator": "conventional"})
+    )
     estimator = "densemixer" if options is True else options["estimator"]
     found = torch.load(Path(os.environ["RECORDS"]) / "actor.pt")
     router, gradients = "mlp.gate", found["gradients"]
     trained = any(router in name for name in gradients)
     metrics = {name: value for name, value in tu.get(output, "metrics").items() if name.startswith("densemixer/")}
     return {
+        "layers": count_layers(worker.engine.module),
         "error against the oracle": worst(gradients, found[estimator]),
         "difference from conventional": worst(gradients, found["conventional"], router) if trained else 0.0,
         "metrics": metrics,
@@ -139,17 +157,13 @@ def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: d
 
 
 def expected_metrics(found: dict[str, dict[str, torch.Tensor]], estimator: str) -> dict[str, float]:
-    names = [name for name in found[estimator] if name.endswith("mlp.gate.weight")]
-    if not names:
+    added = found.get(f"{estimator} adds")
+    if added is None:
         return {}
-    # Backward through the lower layers differs too: compare the last layer's, whose conventional part is the same.
-    total = torch.cat([found[estimator][name].flatten() for name in names])
-    last, conventional = found[estimator][names[-1]], found["conventional"][names[-1]]
-    added = (last - conventional).norm()
-    return {
-        "norm": total.norm().item(),
-        "share of the last layer": (added / (added + conventional.norm())).item(),
-    }
+    total = torch.cat([found[estimator][name].flatten() for name in added])
+    extra = torch.cat([gradient.flatten() for gradient in added.values()])
+    norms = extra.norm().item(), (total - extra).norm().item()
+    return {"router_grad_norm": total.norm().item(), "router_grad_share_unselected": norms[0] / sum(norms)}
 
 
 def main(assets: Path, report: Path) -> None:

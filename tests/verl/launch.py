@@ -89,7 +89,9 @@ class Run:
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
-def ppo(folder: Path, assets: Path, *settings: str, model: str = "model", ranks: int = 1, steps: int = 1, **env: str) -> Run:
+def ppo(
+    folder: Path, assets: Path, *settings: str, model: str = "model", ranks: int = 1, steps: int = 1, **env: str
+) -> Run:
     """``verl.trainer.main_ppo`` on ``assets``."""
     with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:  # sockets have short paths
         arguments = [
@@ -138,7 +140,7 @@ def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
     folder.mkdir(parents=True)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("DENSEMIXER_", "RAY_", "CUDA_"))},
-        "PYTHONPATH": os.pathsep.join([str(HERE / "support"), str(HERE.parent), *env.pop("PYTHONPATH", "").split()]),
+        "PYTHONPATH": os.pathsep.join([*filter(None, [env.pop("FIRST", "")]), str(HERE / "support"), str(HERE.parent)]),
         "VERL_USE_EXTERNAL_MODULES": "cpu_platform,hf_rollout,recorder",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",  # the engines are registered for CUDA and NPU
@@ -156,7 +158,12 @@ def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
     log = folder / "log.txt"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            [str(part) for part in command], env=environment, cwd=folder, stdout=file, stderr=file, start_new_session=True
+            [str(part) for part in command],
+            env=environment,
+            cwd=folder,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         try:
             status = process.wait(TIMEOUT)

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 ESTIMATORS = ("conventional", "densemixer", "centered")
 
 
@@ -61,10 +61,13 @@ def effective(module: Any, name: str) -> Tensor:
 
 
 class OracleBlock:
-    """The forward of a Qwen3-MoE block."""
+    """The forward of a Qwen3-MoE block.
 
-    def __init__(self, block: Any, estimator: str) -> None:
-        self.block, self.estimator = block, estimator
+    What DenseMixer adds to the router's gradient can go to a copy of the router's weight, `apart`.
+    """
+
+    def __init__(self, block: Any, estimator: str, apart: Tensor | None = None) -> None:
+        self.block, self.estimator, self.apart = block, estimator, apart
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
@@ -76,7 +79,14 @@ class OracleBlock:
         ]
         formula = oracle.Formula(experts, lambda logits: logits.softmax(-1), router.norm_topk_prob)
         index = logits.topk(router.top_k).indices
-        return oracle.densemixer(x, logits, index, formula, self.estimator).view_as(hidden_states)
+
+        def output(logits: Tensor, estimator: str) -> Tensor:
+            return oracle.densemixer(x, logits, index, formula, estimator).view_as(hidden_states)
+
+        if self.apart is None:
+            return output(logits, self.estimator)
+        copied = x @ self.apart.T
+        return output(logits, "conventional") + output(copied, self.estimator) - output(copied, "conventional")
 
 
 def plain_copy(engine: Any) -> nn.Module:
@@ -99,9 +109,28 @@ def plain_copy(engine: Any) -> nn.Module:
 def oracle_gradients(engine: Any, batches: list[Any], loss_function: Any, estimator: str) -> dict[str, Tensor]:
     """Through verl's own inputs and loss, averaged over the ranks as FSDP does."""
     model = plain_copy(engine)
-    for block in model.modules():
-        if hasattr(block, "gate") and hasattr(block, "experts"):
-            block.forward = OracleBlock(block, estimator)
+    for block in moe_blocks(model).values():
+        block.forward = OracleBlock(block, estimator)
+    backward(engine, model, batches, loss_function)
+    return averaged({name: p for name, p in model.named_parameters() if p.requires_grad})
+
+
+def added_gradients(engine: Any, batches: list[Any], loss_function: Any, estimator: str) -> dict[str, Tensor]:
+    """The part of the routers' gradients that the estimator adds, by the name of the weight."""
+    model = plain_copy(engine)
+    copies = {}
+    for name, block in moe_blocks(model).items():
+        copies[f"{name}.gate.weight"] = block.gate.weight.detach().clone().requires_grad_()
+        block.forward = OracleBlock(block, estimator, copies[f"{name}.gate.weight"])
+    backward(engine, model, batches, loss_function)
+    return averaged(copies)
+
+
+def moe_blocks(model: nn.Module) -> dict[str, Any]:
+    return {n: block for n, block in model.named_modules() if hasattr(block, "gate") and hasattr(block, "experts")}
+
+
+def backward(engine: Any, model: nn.Module, batches: list[Any], loss_function: Any) -> None:
     live, engine.module = engine.module, model
     try:
         for batch in batches:
@@ -110,11 +139,12 @@ def oracle_gradients(engine: Any, batches: list[Any], loss_function: Any, estima
                 loss.backward()
     finally:
         engine.module = live
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    for gradient in gradients.values():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return gradients
+
+
+def averaged(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    for parameter in parameters.values():
+        dist.all_reduce(parameter.grad)
+    return {name: parameter.grad / dist.get_world_size() for name, parameter in parameters.items()}
 
 
 def record_engine(module: Any) -> None:
@@ -146,6 +176,8 @@ def record_engine(module: Any) -> None:
             found = {"gradients": {n: full(p.grad) for n, p in self.module.named_parameters() if p.grad is not None}}
             for estimator in ESTIMATORS:
                 found[estimator] = oracle_gradients(self, batches, self._loss_function, estimator)
+                if not self._is_lora:
+                    found[f"{estimator} adds"] = added_gradients(self, batches, self._loss_function, estimator)
             if self.rank == 0:
                 torch.save(found, records() / f"{role(self)}.pt")
             dist.barrier()
@@ -157,21 +189,42 @@ def record_engine(module: Any) -> None:
     module.FSDPEngineWithLMHead.forward_step = forward_step
 
 
-class RecordWhenImported:
-    """A finder that is asked once."""
+class NumberedIds:
+    """Takes the place of ``uuid`` where verl names prompts: it sorts batches by these names."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def uuid4(self) -> uuid.UUID:
+        self.count += 1
+        return uuid.UUID(int=self.count)
+
+
+def number_prompts(module: Any) -> None:
+    module.uuid = NumberedIds()
+
+
+WHEN_IMPORTED = {
+    "verl.workers.engine.fsdp.transformer_impl": record_engine,
+    "verl.trainer.ppo.v1.trainer_base": number_prompts,
+}
+
+
+class Finder:
+    """Asked once for each of these modules."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != ENGINE:
+        change = WHEN_IMPORTED.pop(name, None)
+        if change is None:
             return None
-        sys.meta_path.remove(cls)
         spec = importlib.util.find_spec(name)
         assert spec is not None
         run = spec.loader.exec_module
 
         def exec_module(module: Any) -> None:
             run(module)
-            record_engine(module)
+            change(module)
 
         spec.loader.exec_module = exec_module
         return spec
@@ -179,4 +232,4 @@ class RecordWhenImported:
 
 if os.environ.get("WITHOUT_DENSEMIXER"):  # importing any of it fails
     sys.modules.update(dict.fromkeys(["densemixer_core", "densemixer_adapters.verl"]))
-sys.meta_path.insert(0, RecordWhenImported)
+sys.meta_path.insert(0, Finder)

@@ -1,0 +1,75 @@
+"""verl's training worker on two FSDP2 ranks: what its settings do to the gradients, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SETTINGS = (
+    "plain",
+    "padded",
+    "no checkpointing",
+    "dynamic batch sizes",
+    "packed to buckets",
+    "keep parameters after the forward",
+    "reduce every micro-batch",
+    "CPU offload",
+    "centered",
+    "nested",
+    "LoRA on routers",
+    "LoRA on routers and experts",
+    "LoRA on all linear layers",
+)
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def report(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    from launch import torchrun
+
+    folder = tmp_path_factory.mktemp("engines") / "run"
+    torchrun(folder, Path(__file__).parent / "engines.py", assets, folder / "report.json", ranks=2).check()
+    return json.loads((folder / "report.json").read_text())
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_equal_to_the_oracle(report: dict[str, Any], setting: str) -> None:
+    assert report[setting]["error against the oracle"] < TOLERANCE
+    assert report[setting]["difference from conventional"] > 0.1
+    assert report[setting]["layers"] == 2
+
+
+@pytest.mark.parametrize("setting", ["off", "LoRA off", "conventional"])
+def test_conventional_where_it_should_be(report: dict[str, Any], setting: str) -> None:
+    assert report[setting]["error against the oracle"] < TOLERANCE
+    assert report[setting]["difference from conventional"] < TOLERANCE
+
+
+def test_nothing_is_attached_where_nothing_is_trained_or_wanted(report: dict[str, Any]) -> None:
+    assert report["reference"] == {"layers": 0}
+    assert report["off"]["layers"] == 0
+    assert report["off"]["metrics"] == {}
+
+
+@pytest.mark.parametrize("setting", ["plain", "padded", "dynamic batch sizes", "centered", "conventional"])
+def test_the_metrics_are_those_of_the_oracle(report: dict[str, Any], setting: str) -> None:
+    metrics, expected = report[setting]["metrics"], report[setting]["expected"]
+    assert metrics.keys() == {f"densemixer/{name}" for name in expected}
+    for name, value in expected.items():
+        assert metrics[f"densemixer/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("setting", "messages"),
+    [
+        ("no experts", ["override_config.densemixer for", "has no Mixture-of-Experts layers", "switch it off"]),
+        ("layers that do not exist", ["layers=(7,): the model has 2 Mixture-of-Experts layers"]),
+        ("LoRA without routers", ["LoRA leaves the routers frozen", "target_parameters=[mlp.gate.weight]"]),
+        ("quantisation-aware", ["quantisation-aware training (qat.enable)"]),
+    ],
+)
+def test_refused(report: dict[str, Any], setting: str, messages: list[str]) -> None:
+    assert all(message in report[setting]["error"] for message in messages), report[setting]

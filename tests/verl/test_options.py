@@ -1,0 +1,90 @@
+"""The switch in ``override_config``, without verl."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from densemixer_adapters.verl import patch_engine_registry, patch_model_config, read_options
+from densemixer_core import DenseMixerConfig
+
+CENTERED = {"estimator": "centered", "layers": [0, -1]}
+
+
+@pytest.mark.parametrize("override", [{}, {"densemixer": False}, {"densemixer": None}, {"model_config": {}}])
+def test_off(override: dict[str, Any]) -> None:
+    assert read_options(override) is None
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("value", "options"),
+    [(True, DenseMixerConfig()), ({}, DenseMixerConfig()), (CENTERED, DenseMixerConfig("centered", layers=[0, -1]))],
+)
+def test_on(value: Any, options: DenseMixerConfig, nested: bool) -> None:
+    override = {"attn_implementation": "sdpa", "densemixer": value}
+    assert read_options({"model_config": override} if nested else override) == options
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"densemixer": "yes"}, "override_config.densemixer must be true, false or a mapping of options, got 'yes'"),
+        ({"densemixer": 1}, "must be true, false or a mapping"),
+        (
+            {"densemixer": {"estimater": "centered"}},
+            "unknown option of DenseMixer: 'estimater'; did you mean 'estimator'",
+        ),
+        ({"densemixer": {"workspace_mb": "big"}}, "override_config.densemixer: workspace_mb must be an integer"),
+        ({"dense_mixer": True}, "override_config.dense_mixer: no such key; did you mean override_config.densemixer"),
+        ({"use_densemixer": True}, "did you mean override_config.densemixer"),
+        ({"model_config": {"DenseMixer": True}}, "did you mean override_config.densemixer"),
+    ],
+)
+def test_what_is_wrong_is_named(override: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_options(override)
+
+
+def test_other_keys_are_left_alone() -> None:
+    assert read_options({"num_experts": 8, "moe_intermediate_size": 64, "router_aux_loss_coef": 0.0}) is None
+
+
+def test_the_key_never_reaches_the_configuration_of_the_model() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class HFModelConfig:
+        pass
+
+    module = SimpleNamespace(
+        update_model_config=lambda config, override_config_kwargs: seen.append(override_config_kwargs),
+        HFModelConfig=HFModelConfig,
+    )
+    patch_model_config(module)
+    module.update_model_config(None, override_config_kwargs={"densemixer": CENTERED, "bos_token_id": 0})
+    assert seen == [{"bos_token_id": 0}]
+    with pytest.raises(ValueError, match="unknown option"):
+        module.update_model_config(None, override_config_kwargs={"densemixer": {"n": 1}})
+
+
+@pytest.mark.parametrize("backend", ["megatron", "veomni", "torchtitan", "automodel", "fsdp_turbo"])
+def test_engines_that_are_not_served_are_refused(backend: str) -> None:
+    class EngineRegistry:
+        @classmethod
+        def new(cls, model_type: str, backend: str, **kwargs: Any) -> str:
+            return backend
+
+    patch_engine_registry(SimpleNamespace(EngineRegistry=EngineRegistry))
+    on, off = (SimpleNamespace(override_config={"densemixer": value}) for value in (True, False))
+    train, infer = (SimpleNamespace(forward_only=value) for value in (False, True))
+
+    def new(backend: str, model: Any, engine: Any) -> str:
+        return EngineRegistry.new("language_model", backend, model_config=model, engine_config=engine)
+
+    with pytest.raises(
+        ValueError, match=f"engine '{backend}' is not supported, only fsdp and fsdp2.* set strategy=fsdp2"
+    ):
+        new(backend, on, train)
+    assert [new(backend, off, train), new(backend, on, infer), new("fsdp2", on, train)] == [backend, backend, "fsdp2"]
