@@ -1,13 +1,13 @@
 """DenseMixer in verl: ``+actor_rollout_ref.model.override_config.densemixer=true`` on the command line.
 
-``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping with
-the fields of `densemixer_core.DenseMixerConfig` gives options. The engines ``fsdp`` and ``fsdp2`` are served.
+``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping
+with the fields of `densemixer_core.DenseMixerConfig` gives options. The engines ``fsdp`` and ``fsdp2`` are served.
 
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
-verl was imported. Importing this module puts that hook in place where it isn't yet. verl does so by itself
-(entry point ``verl.plugins``); ``…model.external_lib=densemixer_adapters.verl`` serves where this package can be imported
-but is not installed.
+verl was imported. Importing this module puts that hook in place where it isn't yet. verl does so by itself (entry point
+``verl.plugins``); ``…model.external_lib=densemixer_adapters.verl`` serves where this package can be imported but is not
+installed. Once is enough: whoever comes second finds the hook in place.
 """
 
 from __future__ import annotations

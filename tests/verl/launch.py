@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 MODEL = "actor_rollout_ref.model"
 TIMEOUT = 400
 
-PPO = f"""
+PPO = shlex.split(
+    f"""
     data.train_batch_size=4 data.max_prompt_length=48 data.max_response_length=8 data.dataloader_num_workers=0
     data.filter_overlong_prompts=False data.shuffle=False
     {MODEL}.use_remove_padding=False +{MODEL}.override_config.attn_implementation=sdpa
@@ -39,19 +40,25 @@ PPO = f"""
     trainer.save_freq=-1 trainer.resume_mode=disable trainer.logger=[file]
     transfer_queue.backend.SimpleStorage.num_data_storage_units=1
     ray_kwargs.ray_init.num_cpus=32 +ray_kwargs.ray_init.include_dashboard=False
-""".split()
-GRPO = """
+"""
+)
+GRPO = shlex.split(
+    """
     algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4
     actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.001
-""".split()
-GAE = """
+"""
+)
+GAE = shlex.split(
+    """
     algorithm.adv_estimator=gae actor_rollout_ref.rollout.n=1 actor_rollout_ref.actor.use_kl_loss=False
     critic.strategy=fsdp2 critic.fsdp.model_dtype=fp32 critic.fsdp.use_torch_compile=False
     +critic.fsdp.mixed_precision.param_dtype=fp32
     critic.model.use_remove_padding=False +critic.model.override_config.attn_implementation=sdpa
     critic.ppo_micro_batch_size_per_gpu=4 critic.ppo_mini_batch_size=4 critic.optim.lr=1e-2
-""".split()
-SFT = """
+"""
+)
+SFT = shlex.split(
+    """
     data.train_batch_size=8 data.micro_batch_size_per_gpu=4 data.max_length=64 data.use_dynamic_bsz=False
     data.num_workers=0 data.pad_mode=no_padding data.messages_key=messages
     engine.strategy=fsdp2 engine.model_dtype=fp32 engine.use_torch_compile=False
@@ -59,7 +66,8 @@ SFT = """
     model.use_remove_padding=False +model.override_config.attn_implementation=sdpa
     trainer.device=cpu trainer.nnodes=1 trainer.total_training_steps=2 trainer.total_epochs=1 trainer.logger=[file]
     trainer.save_freq=-1 trainer.test_freq=-1 trainer.resume_mode=disable
-""".split()
+"""
+)
 
 
 class Run:
@@ -174,10 +182,8 @@ def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
 
 def stop(group: int, records: str) -> None:
     """Kill what a run left: its process group, and Ray's daemons, which have groups of their own."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     mark = f"RECORDS={records}\0".encode()
     for process in Path("/proc").glob("[0-9]*"):
         try:

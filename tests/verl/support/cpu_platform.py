@@ -1,8 +1,8 @@
 """Test support: verl on a machine without a GPU.
 
 Loaded in every process of verl through ``VERL_USE_EXTERNAL_MODULES``; chosen with ``VERL_PLATFORM=cpu`` and
-``VERL_ENGINE_DEVICE=cuda``. It registers a platform, which is verl's extension point for new hardware, and fills in three
-places that verl 0.9.1 has no extension point for.
+``VERL_ENGINE_DEVICE=cuda``. It registers a platform, which is verl's extension point for new hardware, and fills in
+three places that verl 0.9.1 has no extension point for.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Test support: a rollout engine for verl that generates with transformers, in place of vLLM or SGLang.
 
-Loaded in every process of verl through ``VERL_USE_EXTERNAL_MODULES``; chosen with ``rollout.name=hf``. Its weights come from
-the trainer alone. What it samples depends on the weights and on the prompt, on nothing else, so two runs with the
-same weights have the same rollouts.
+Loaded in every process of verl through ``VERL_USE_EXTERNAL_MODULES``; chosen with ``rollout.name=hf``. Its weights come
+from the trainer alone. What it samples depends on the weights and on the prompt, on nothing else, so two runs with the
+same weights have the same rollouts, up to the order of those of one prompt.
 """
 
 from __future__ import annotations

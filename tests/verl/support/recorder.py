@@ -1,8 +1,8 @@
 """Test support: writes down what an engine of verl does, and the oracle's gradients of the same batch.
 
 Loaded in every process of verl through ``VERL_USE_EXTERNAL_MODULES``. Each engine that trains writes
-``RECORDS/ROLE.pt`` at its first optimizer step (rank 0), and ``RECORDS/ROLE-ops-RANK.jsonl`` as it infers: how many torch
-operations each call ran.
+``RECORDS/ROLE.pt`` at its first optimizer step (rank 0), and ``RECORDS/ROLE-ops-RANK.jsonl`` as it infers: how many
+torch operations each call ran.
 """
 
 from __future__ import annotations
