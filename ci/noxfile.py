@@ -90,6 +90,14 @@ def llamafactory(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["tests/boot", "tests/deepspeed", "tests/llamafactory"]))
 
 
+@nox.session
+def verl(session: nox.Session) -> None:
+    """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU."""
+    install(session, "verl")
+    install_editable(session)
+    session.run("pytest", *(session.posargs or ["tests/verl"]))
+
+
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Fine-tune a small Mixture-of-Experts model with and without DenseMixer."""

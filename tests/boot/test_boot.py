@@ -117,3 +117,19 @@ def test_a_broken_install_does_not_stop_python(wheel: Path, tmp_path: Path) -> N
     (environment.packages / "densemixer_adapters" / "_boot.py").unlink()
     done = environment.run(environment.python, "-c", "print(1)")
     assert (done.returncode, done.stdout) == (0, "1\n")
+
+
+def test_modules_that_were_imported_before_are_patched_on_request_and_once(bare: Environment, tmp_path: Path) -> None:
+    package = tmp_path / "verl" / "workers" / "config"
+    package.mkdir(parents=True)
+    (package / "model.py").write_text("")
+    calls = tmp_path / "patches_of_verl.py"
+    calls.write_text("def patch(module): print(module.__name__)\n")
+    code = (
+        "import sys; from densemixer_adapters import _boot; sys.meta_path.remove(_boot._Finder); "
+        "import verl.workers.config.model; "
+        "_boot.PATCHES = {'verl.workers.config.model': 'patches_of_verl:patch'}; "
+        "_boot.patch_imported(); print('not yet'); _boot.install(); _boot.patch_imported(); _boot.patch_imported()"
+    )
+    done = bare.run(bare.python, "-c", code, PYTHONPATH=str(tmp_path))
+    assert (done.stdout, done.stderr) == ("not yet\nverl.workers.config.model\n", "")
