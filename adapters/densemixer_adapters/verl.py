@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,8 +21,6 @@ from densemixer_adapters import _boot
 from densemixer_adapters.metrics import RouterGradients
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
-
-logger = logging.getLogger("densemixer")
 
 KEY = "densemixer"
 SWITCH = f"override_config.{KEY}"
@@ -115,7 +112,8 @@ def patch_fsdp_engine(module: Any) -> None:
                 self._densemixer = RouterGradients(apply_densemixer(model, options))
             except ValueError as error:
                 raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
-            logger.warning("DenseMixer trains the routers of %d layers: %s", len(self._densemixer.layers), options)
+            if self.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
+                print(f"DenseMixer trains the routers of {len(self._densemixer.layers)} layers: {options}")
         return model
 
     @functools.wraps(build_lora)

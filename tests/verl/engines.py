@@ -97,7 +97,11 @@ def build(assets: Path, override: dict[str, Any], model: dict[str, Any], engine:
 def make_batch() -> Any:
     """Four sequences a rank, of different lengths."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    rows = [torch.randint(3, 259, (length,), generator=generator) for length in (9, 14, 20, 11)]
+    return pack([torch.randint(3, 259, (length,), generator=generator) for length in (9, 14, 20, 11)])
+
+
+def pack(rows: list[torch.Tensor]) -> Any:
+    """As verl's SFT trainer does."""
 
     def nest(rows: list[torch.Tensor]) -> torch.Tensor:
         return torch.nested.as_nested_tensor(rows, layout=torch.jagged)

@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).parent
 MODEL = "actor_rollout_ref.model"
-TIMEOUT = 400
+TIMEOUT = 590  # a run takes about a minute on two idle cores
 
 PPO = shlex.split(
     f"""
@@ -137,10 +137,10 @@ def sft(folder: Path, assets: Path, *settings: str, ranks: int = 1, ray: bool = 
     return execute(folder, [*torchrun, "-m", "verl.trainer.sft_trainer", *arguments], env)
 
 
-def torchrun(folder: Path, script: Path, *arguments: object, ranks: int) -> Run:
+def torchrun(folder: Path, script: Path, *arguments: object, ranks: int, **env: str) -> Run:
     """A script of ours, with the same support."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    return execute(folder, [*command, script, *arguments], {})
+    return execute(folder, [*command, script, *arguments], env)
 
 
 def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
@@ -156,6 +156,7 @@ def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
         "RECORDS": str(folder),
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # else everything else on the machine goes first
         "OMP_NUM_THREADS": "1",
         "TORCH_COMPILE_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "false",
