@@ -156,6 +156,7 @@ def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
         "RECORDS": str(folder),
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_raylet_start_wait_time_s": "300",  # for a busy machine
         "RAY_worker_niceness": "0",  # else everything else on the machine goes first
         "OMP_NUM_THREADS": "1",
         "TORCH_COMPILE_DISABLE": "1",
