@@ -27,12 +27,13 @@ class Probe:
             routers: list[Tensor] = [weight for layer in handle.layers for weight in layer.router.parameters()]
             densemixer = self._gradient(routers)
         conventional = self._gradient(routers)
+        added = (densemixer - conventional).norm()
         return Measurement(
             step=step,
             held_out_loss=self._loss(),
             gradient_conventional=conventional.norm().item(),
             gradient_densemixer=densemixer.norm().item(),
-            share_unselected=((densemixer - conventional).norm() / densemixer.norm()).item(),
+            share_unselected=(added / (added + conventional.norm())).item(),
             routing_change=self._routing_change(),
         )
 

@@ -23,7 +23,7 @@ MEMORY = {
 NOTES = """\
 ¹ Norm of the gradient of all router weights, on one batch of held-out rows;
   mean over {probes} moments of the run.
-² |G_DenseMixer - G_conventional| / |G_DenseMixer|, both gradients taken at the
+² |A| / (|A| + |G_conventional|), A = G_DenseMixer - G_conventional, taken at the
   same weights on that batch. What is in parentheses did not train the run: it
   is the share that DenseMixer would have had there.
 ³ Share of the expert selections at the start, on that batch, that are no
@@ -110,7 +110,7 @@ def draw(conventional: Run, densemixer: Run, settings: Settings, path: Path) -> 
     _label(losses, "Training loss (strong: running mean)", "loss, nats per completion token")
     _label(held_out, f"Held-out loss ({densemixer.held_out_examples} examples)", "loss, nats per completion token")
     _label(gradients, "Router gradient, one held-out batch", "norm over all layers, nats")
-    _label(shares, "Router gradient from unselected experts", "norm of that part / norm of the whole")
+    _label(shares, "Router gradient from unselected experts", "norm of that part / sum of both parts' norms")
     figure.suptitle(
         f"Fine-tuning with and without DenseMixer (estimator: {settings.estimator}): "
         f"one seed, {settings.steps} steps, same start and data"

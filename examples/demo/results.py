@@ -16,7 +16,7 @@ class Measurement(NamedTuple):
         held_out_loss: Mean cross-entropy per completion token, in nats.
         gradient_conventional: Norm of the gradient of all router weights if only selected experts teach them.
         gradient_densemixer: Its norm with DenseMixer.
-        share_unselected: ‖with DenseMixer − conventional‖ / ‖with DenseMixer‖.
+        share_unselected: ‖added‖ / (‖added‖ + ‖conventional‖), where the two sum to the gradient with DenseMixer.
         routing_change: The share of the expert selections at the start that aren't made any more.
     """
 
