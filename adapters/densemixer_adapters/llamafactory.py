@@ -181,7 +181,7 @@ def _attach(model: nn.Module, options: dict[str, Any] | None, logger: Any, fix: 
 
     config = DenseMixerConfig.from_dict(options or {})
     handle = apply_densemixer(model, config)
-    if is_deepspeed_zero3_enabled():  # type: ignore[no-untyped-call]
+    if is_deepspeed_zero3_enabled():
         mark_leaf_modules(handle)
     logger.info_rank0(f"DenseMixer trains the routers of {len(handle.layers)} layers: {config}.")
     frozen = [layer for layer in handle.layers if not any(p.requires_grad for p in layer.router.parameters())]
