@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, Qwen3MoeForTokenClassification
 
 EXPERTS, REACHABLE = 8, 4
 TEMPLATE = (
@@ -19,14 +19,20 @@ TEMPLATE = (
 
 
 def make_assets(folder: Path) -> None:
-    """``model``, ``half_dead`` (half of its experts can't be selected), ``dense`` (no experts) and the data files."""
+    """The data files, and models: ``model``, and variants of it.
+
+    Half of the experts of ``half_dead`` can't be selected, ``dense`` has none, ``critic`` has a value head.
+    """
     make_data(folder)
     tokenizer = make_tokenizer()
     half_dead = make_model(tokenizer)
     kill_half_of_the_experts(half_dead)
     dense = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**half_dead.config.to_dict(), "mlp_only_layers": [0, 1]}))
-    for name, model in {"model": make_model(tokenizer), "half_dead": half_dead, "dense": dense}.items():
-        model.save_pretrained(folder / name)
+    model = make_model(tokenizer)
+    critic = Qwen3MoeForTokenClassification(Qwen3MoeConfig(**{**model.config.to_dict(), "num_labels": 1}))
+    critic.model.load_state_dict(model.model.state_dict())
+    for name, variant in {"model": model, "half_dead": half_dead, "dense": dense, "critic": critic}.items():
+        variant.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 

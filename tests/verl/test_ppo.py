@@ -40,7 +40,7 @@ def grpo_off(assets: Path, folder: Path) -> Any:
 def critic(assets: Path) -> list[str]:
     from launch import GAE
 
-    return [*GAE, f"critic.model.path={assets}/model", f"critic.model.tokenizer_path={assets}/model"]
+    return [*GAE, f"critic.model.path={assets}/critic", f"critic.model.tokenizer_path={assets}/critic"]
 
 
 @pytest.fixture(scope="module")
