@@ -54,7 +54,9 @@ GAE = shlex.split(
     critic.strategy=fsdp2 critic.fsdp.model_dtype=fp32 critic.fsdp.use_torch_compile=False
     +critic.fsdp.mixed_precision.param_dtype=fp32
     critic.model.use_remove_padding=False +critic.model.override_config.attn_implementation=sdpa
-    critic.ppo_micro_batch_size_per_gpu=4 critic.ppo_mini_batch_size=4 critic.optim.lr=1e-2
+    critic.ppo_micro_batch_size_per_gpu=2 critic.ppo_mini_batch_size=4 critic.optim.lr=1e-2
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2
 """
 )
 SFT = shlex.split(
