@@ -6,5 +6,5 @@ import runpy
 
 import ray
 
-ray.init = functools.partial(ray.init, num_gpus=int(os.environ["GPUS"]), num_cpus=16, include_dashboard=False)
+ray.init = functools.partial(ray.init, num_gpus=int(os.environ["GPUS"]), num_cpus=32, include_dashboard=False)
 runpy.run_module("verl.trainer.sft_trainer_ray", run_name="__main__", alter_sys=True)
