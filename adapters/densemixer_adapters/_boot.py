@@ -11,6 +11,7 @@ Patches hold for the life of a process.
 
 import os
 import sys
+from _thread import get_ident
 
 TYPE_CHECKING = False  # neither `typing` nor `__future__` is worth its time at every start
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ SWITCH = "DENSEMIXER_BOOT"
 
 _taken: set[str] = set()
 """Names of modules that are patched, or will be as soon as their own code has run."""
+_searches: set[tuple[str, int]] = set()
+"""Names of modules that are being looked for, and the threads that look."""
 
 
 def is_switched_off() -> bool:
@@ -65,15 +68,21 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
-        if name not in PATCHES:
+        # Another hook that we ask may ask all finders in turn.
+        search = name, get_ident()
+        if name not in PATCHES or search in _searches:
             return None
-        for finder in sys.meta_path:
-            find = None if finder is cls else getattr(finder, "find_spec", None)
-            spec: ModuleSpec | None = find and find(name, path, target)
-            if spec is not None:
-                _patch_when_executed(spec.loader, name)
-                return spec
-        return None
+        _searches.add(search)
+        try:
+            for finder in sys.meta_path:
+                find = None if finder is cls else getattr(finder, "find_spec", None)
+                spec: ModuleSpec | None = find and find(name, path, target)
+                if spec is not None:
+                    _patch_when_executed(spec.loader, name)
+                    return spec
+            return None
+        finally:
+            _searches.discard(search)
 
 
 def _patch_when_executed(loader: "Any", name: str) -> None:
@@ -83,7 +92,7 @@ def _patch_when_executed(loader: "Any", name: str) -> None:
         return
 
     def exec_module(module: "ModuleType") -> None:
-        del loader.exec_module
+        vars(loader).pop("exec_module", None)  # gone already if another hook cleaned up
         run(module)
         _patch(module, name)
 

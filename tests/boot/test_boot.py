@@ -133,3 +133,33 @@ def test_modules_that_were_imported_before_are_patched_on_request_and_once(bare:
     )
     done = bare.run(bare.python, "-c", code, PYTHONPATH=str(tmp_path))
     assert (done.stdout, done.stderr) == ("not yet\nverl.workers.config.model\n", "")
+
+
+def test_another_hook_that_asks_all_finders_in_turn(bare: Environment, tmp_path: Path) -> None:
+    package = tmp_path / "verl" / "workers" / "config"
+    package.mkdir(parents=True)
+    (package / "model.py").write_text("print('module')\n")
+    (tmp_path / "patches_of_verl.py").write_text("def patch(module): print('patch')\n")
+    (tmp_path / "other_hook.py").write_text(
+        "import importlib.util, sys\n"
+        "class Hook:\n"
+        "    busy = False\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        if cls.busy or name != 'verl.workers.config.model': return None\n"
+        "        cls.busy = True\n"
+        "        spec = importlib.util.find_spec(name)\n"
+        "        run = spec.loader.exec_module\n"
+        "        spec.loader.exec_module = lambda module: (run(module), print('other'))\n"
+        "        return spec\n"
+        "def add(position): sys.meta_path.insert(position, Hook)\n"
+    )
+    for position in (0, 1):
+        code = (
+            "from densemixer_adapters import _boot; import other_hook; "
+            "_boot.PATCHES = {'verl.workers.config.model': 'patches_of_verl:patch'}; "
+            f"other_hook.add({position}); import verl.workers.config.model"
+        )
+        done = bare.run(bare.python, "-c", code, PYTHONPATH=str(tmp_path))
+        assert done.stderr == ""
+        assert sorted(done.stdout.split()) == ["module", "other", "patch"]
