@@ -23,9 +23,9 @@ MEMORY = {
 NOTES = """\
 ¹ Norm of the gradient of all router weights, on one batch of held-out rows;
   mean over {probes} moments of the run.
-² |A| / (|A| + |G_conventional|), A = G_DenseMixer - G_conventional, taken at the
-  same weights on that batch. What is in parentheses did not train the run: it
-  is the share that DenseMixer would have had there.
+² |A| / (|A| + |G_conventional|), A = G_DenseMixer - G_conventional, at the
+  same weights on that batch. What is in parentheses did not train the run:
+  it is the share that DenseMixer would have had there.
 ³ Share of the expert selections at the start, on that batch, that are no
   longer made at the end.
 ⁴ Median over all steps: forward, backward and optimizer, no measuring.
