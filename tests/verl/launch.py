@@ -99,6 +99,12 @@ class Run:
         return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+def without_clocks(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics but those that are measured with a clock or depend on the rest of the machine."""
+    timed = ("timing", "perf/", "mfu", "throughput")
+    return {name: value for name, value in metrics.items() if not any(part in name for part in timed)}
+
+
 def ppo(
     folder: Path, assets: Path, *settings: str, model: str = "model", ranks: int = 1, steps: int = 1, **env: str
 ) -> Run:

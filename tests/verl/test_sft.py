@@ -48,6 +48,20 @@ def test_a_checkpoint_is_the_models_alone(one_rank: Any, assets: Path) -> None:
     assert not [path for path in texts if "densemixer" in path.read_text()]
 
 
+def test_switched_off_all_metrics_are_those_without_the_package(assets: Path, tmp_path: Path) -> None:
+    from launch import sft, without_clocks
+
+    off = sft(tmp_path / "off", assets).check()
+    # As if the package weren't there: nothing of it can be imported.
+    without = sft(tmp_path / "without", assets, DENSEMIXER_BOOT="0", WITHOUT_DENSEMIXER="1").check()
+    assert len(off.metrics) == 2
+    assert {"train/loss", "train/grad_norm"} <= without_clocks(off.metrics[0]).keys()
+    assert [without_clocks(step) for step in off.metrics] == [without_clocks(step) for step in without.metrics]
+    ours, theirs = off.recorded("actor")["gradients"], without.recorded("actor")["gradients"]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_two_ranks_equal_one(assets: Path, tmp_path: Path, one_rank: Any) -> None:
     from engines import worst
     from launch import sft
