@@ -26,7 +26,6 @@ class DenseMixerConfig:
         workspace_mb: Upper bound, in MiB, on the temporaries of one layer's extra backward pass. It works on as many
             tokens at a time as fit, and on at least one. Under autocast, copies of the layer's input, of the gradient
             of its output and of one expert's weights in the dtype of autocast come on top.
-
         layers: Which of the model's Mixture-of-Experts layers to train this way, None for all. Positions among these
             layers in their order, negative ones from the end, e.g. ``[0, 3, -1]``; or the same, or a Python slice, as
             a string: ``"0,3,-1"``, ``"-4:"`` for the last four, ``"::2"`` for every other one.

@@ -184,7 +184,7 @@ def _attach(model: nn.Module, options: dict[str, Any] | None, logger: Any, fix: 
     if is_deepspeed_zero3_enabled():
         mark_leaf_modules(handle)
     logger.info_rank0(f"DenseMixer trains the routers of {len(handle.layers)} layers: {config}.")
-    frozen = [layer for layer in handle.layers if not any(p.requires_grad for p in layer.router.parameters())]
+    frozen = [layer for layer in handle.layers if layer.router_is_frozen]
     if frozen and fix is not None:
         name = ".".join(frozen[0].router_name.split(".")[-2:])
         logger.warning_rank0(
