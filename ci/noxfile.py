@@ -90,8 +90,7 @@ def llamafactory(session: nox.Session) -> None:
     session.run("pytest", *(session.posargs or ["tests/boot", "tests/deepspeed", "tests/llamafactory"]))
 
 
-# Not a default yet: its parts have passed one by one, but not in one run on an idle machine.
-@nox.session(default=False)
+@nox.session
 def verl(session: nox.Session) -> None:
     """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU."""
     install(session, "verl")

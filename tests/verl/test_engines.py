@@ -17,6 +17,7 @@ SETTINGS = (
     "keep parameters after the forward",
     "reduce every micro-batch",
     "CPU offload",
+    "Ulysses",
     "centered",
     "nested",
     "LoRA on routers",

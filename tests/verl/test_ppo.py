@@ -36,6 +36,21 @@ def grpo_off(assets: Path, folder: Path) -> Any:
     return ppo(folder / "grpo-off", assets, *GRPO, model="half_dead").check()
 
 
+@pytest.fixture(scope="module")
+def grpo_lora(assets: Path, folder: Path) -> Any:
+    """On routers, experts and attention; what is trained is merged for the rollout."""
+    from launch import GRPO, MODEL, ppo
+
+    lora = (
+        f"{MODEL}.lora_rank=4",
+        f"{MODEL}.lora_alpha=8",
+        f"{MODEL}.target_modules=[q_proj,v_proj]",
+        f"+{MODEL}.target_parameters=[mlp.gate.weight,experts.down_proj]",
+        f"{MODEL}.lora.merge=True",
+    )
+    return ppo(folder / "grpo-lora", assets, *GRPO, *lora, ACTOR, model="half_dead", steps=2).check()
+
+
 def critic(assets: Path) -> list[str]:
     from launch import GAE
 
@@ -55,16 +70,7 @@ def ppo_on(assets: Path, folder: Path) -> Any:
 def ppo_off(assets: Path, folder: Path) -> Any:
     from launch import ppo
 
-    return ppo(folder / "ppo-off", assets, *critic(assets), steps=2).check()
-
-
-@pytest.fixture(scope="module")
-def ppo_without(assets: Path, folder: Path) -> Any:
-    """As if the package weren't there: nothing of it can be imported."""
-    from launch import ppo
-
-    environment = {"DENSEMIXER_BOOT": "0", "WITHOUT_DENSEMIXER": "1"}
-    return ppo(folder / "ppo-without", assets, *critic(assets), steps=2, **environment).check()
+    return ppo(folder / "ppo-off", assets, *critic(assets)).check()
 
 
 def rollouts(run: Any, step: int = 1) -> list[tuple[str, str, float]]:
@@ -119,6 +125,23 @@ def test_the_rollout_gets_the_same_weights_by_name(grpo_on: Any, grpo_off: Any) 
     assert max(step["training/rollout_probs_diff_max"] for step in grpo_on.metrics) < 1e-5
 
 
+def test_lora_on_routers_and_experts(grpo_lora: Any, grpo_off: Any) -> None:
+    from assets import make_model, make_tokenizer
+    from engines import worst
+
+    found = grpo_lora.recorded("actor")
+    assert worst(found["gradients"], found["densemixer"]) < TOLERANCE
+    assert worst(found["gradients"], found["conventional"], "mlp.gate") > 0.1
+    # LoRA starts as the model itself.
+    assert rollouts(grpo_lora) == rollouts(grpo_off)
+    # What the rollout gets is the model with LoRA merged: verl sends it in bfloat16, under the model's own names.
+    names = make_model(make_tokenizer()).state_dict().keys()
+    synced = grpo_lora.lines("sync-*.jsonl")
+    assert len(synced) == 3
+    assert all(sync.keys() == names for sync in synced)
+    assert max(step["training/rollout_probs_diff_mean"] for step in grpo_lora.metrics) < 1e-3
+
+
 def test_router_metrics_are_logged_for_each_role(grpo_on: Any, ppo_on: Any, ppo_off: Any) -> None:
     for run, role in ((grpo_on, "actor"), (ppo_on, "actor"), (ppo_on, "critic")):
         for step in run.metrics:
@@ -151,15 +174,24 @@ def test_checkpoints_are_those_of_the_model_alone(ppo_on: Any) -> None:
     assert not [path for path in ppo_on.folder.glob("checkpoints/**/*.json") if "densemixer" in path.read_text()]
 
 
-def test_switched_off_all_metrics_are_those_without_the_package(ppo_off: Any, ppo_without: Any) -> None:
-    """Up to rounding: verl sums over a batch in the order in which its parts arrive. `test_sft` compares bytes."""
-    from launch import without_clocks
+def test_switched_off_all_metrics_are_those_without_the_package(assets: Path, folder: Path) -> None:
+    """Byte for byte, with batches of one: verl sums over larger ones in the order in which their parts arrive."""
+    from launch import ppo, without_clocks
 
-    for off, without in zip(ppo_off.metrics, ppo_without.metrics, strict=True):
-        off, without = without_clocks(off), without_clocks(without)
-        assert len(off) > 40
-        assert off == pytest.approx(without, rel=1e-4, abs=1e-5)
-    assert [rollouts(ppo_off, step) for step in (1, 2)] == [rollouts(ppo_without, step) for step in (1, 2)]
+    one = (
+        "data.train_batch_size=1",
+        "actor_rollout_ref.actor.ppo_mini_batch_size=1",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
+        "critic.ppo_mini_batch_size=1",
+        "critic.ppo_micro_batch_size_per_gpu=1",
+    )
+    as_if_not_installed = {"DENSEMIXER_BOOT": "0", "WITHOUT_DENSEMIXER": "1"}
+    off = ppo(folder / "off", assets, *critic(assets), *one, steps=2).check()
+    without = ppo(folder / "without", assets, *critic(assets), *one, steps=2, **as_if_not_installed).check()
+    assert all(len(without_clocks(step)) > 40 for step in off.metrics)
+    assert list(map(without_clocks, off.metrics)) == list(map(without_clocks, without.metrics))
+    assert [rollouts(off, step) for step in (1, 2)] == [rollouts(without, step) for step in (1, 2)]
 
 
 def test_a_wrong_option_stops_the_run_at_its_start(assets: Path, tmp_path: Path) -> None:

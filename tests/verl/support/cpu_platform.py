@@ -2,7 +2,7 @@
 
 Loaded in every process of verl through ``VERL_USE_EXTERNAL_MODULES``; chosen with ``VERL_PLATFORM=cpu`` and
 ``VERL_ENGINE_DEVICE=cuda``. It registers a platform, which is verl's extension point for new hardware, and fills in
-three places that verl 0.9.1 has no extension point for.
+four places that verl 0.9.1 has no extension point for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from typing import Any
 import torch
 import torch.distributed.fsdp
 import transformers
+import transformers.masking_utils
+import transformers.modeling_flash_attention_utils
+from torch import Tensor
+from transformers.integrations import flash_attention
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
@@ -118,6 +122,28 @@ def use_sdpa_in_critics() -> None:
     auto.from_pretrained = from_pretrained
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, position_ids: Tensor, **kwargs: Any) -> Tensor:
+    """Flash attention for packed sequences, [1, tokens, heads, head size]; the positions of each start at 0."""
+    sequence = (position_ids == 0).cumsum(-1)
+    before = torch.ones(query.shape[1], query.shape[1], dtype=torch.bool).tril()
+    mask = before & (sequence[:, None, :] == sequence[:, :, None])
+    query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask[:, None], scale=kwargs["softmax_scale"], enable_gqa=True
+    )
+    return output.transpose(1, 2)
+
+
+def flash_attention_on_the_cpu() -> None:
+    """Ulysses is built around flash attention: an attention of that interface, `attn_implementation=packed_on_cpu`."""
+    transformers.AttentionInterface.register("packed_on_cpu", flash_attention.flash_attention_forward)
+    transformers.AttentionMaskInterface.register("packed_on_cpu", transformers.masking_utils.flash_attention_mask)
+    # Where verl takes it from, to put its exchange of heads and tokens around it.
+    transformers.modeling_flash_attention_utils._flash_attention_forward = attend
+    flash_attention._flash_attention_forward = attend
+
+
 accept_cpu_twice()
 never_pin_memory()
 use_sdpa_in_critics()
+flash_attention_on_the_cpu()

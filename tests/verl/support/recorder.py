@@ -97,7 +97,7 @@ def plain_copy(engine: Any) -> nn.Module:
     if engine.model_config.model_type == "value_model":
         auto = transformers.AutoModelForTokenClassification
     config = copy.deepcopy(engine.module.config)
-    model: Any = auto.from_config(config, attn_implementation="sdpa")
+    model: Any = auto.from_config(config, attn_implementation=engine.module.config._attn_implementation)
     if engine._is_lora:
         import peft
 
