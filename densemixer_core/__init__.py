@@ -11,12 +11,13 @@ receive a straight-through gradient. Read the modules in this order:
 """
 
 from densemixer_core.config import DenseMixerConfig
-from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots
+from densemixer_core.experts import Derivation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, weight_per_score
 from densemixer_core.straight_through import straight_through
 
 __all__ = [
     "DenseMixerConfig",
+    "Derivation",
     "ExpertLayout",
     "ExpertWeights",
     "RoutingMismatchError",

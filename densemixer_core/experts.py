@@ -51,11 +51,29 @@ class ExpertLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class Derivation:
+    """How to compute weights again that exist only during the forward, such as dequantised ones.
+
+    Args:
+        sources: What they are computed from, in the same places, of any shape and dtype.
+        compute: From the sources to the weights. Called without gradient tracking.
+    """
+
+    sources: ExpertWeights
+    compute: Callable[[ExpertWeights], ExpertWeights]
+
+
+@dataclasses.dataclass(frozen=True)
 class StackedExperts:
-    """The experts of one layer: their weights and how to compute with them."""
+    """The experts of one layer: their weights and how to compute with them.
+
+    With a ``derivation``, its sources are kept from the forward to the backward instead of the weights, and the weights
+    are computed again in the backward.
+    """
 
     weights: ExpertWeights
     layout: ExpertLayout
+    derivation: Derivation | None = None
 
 
 def expert_dots(

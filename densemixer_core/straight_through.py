@@ -8,6 +8,7 @@ unselected expert until the backward, where g is known and [tokens, experts] sca
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -44,17 +45,25 @@ def straight_through(
         index: The experts that the host selected, [tokens, k].
         weights: The weights w that the host gave them, [tokens, k].
         experts: The experts; their weights receive no gradient from here. Parameters that a framework frees or
-            partitions after the forward must be live again, as the same tensors, when the backward comes.
+            partitions after the forward must be live again, as the same tensors, when the backward comes. Weights with
+            a derivation are not kept: the backward computes them again.
         renormalised: Whether the host divides the selected scores by their sum.
         config: The options.
     """
     if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad):
         return output
+    derivation = experts.derivation
     call = _Call(
-        experts.layout, _compute_dtype(experts.weights.up), renormalised, config.estimator, config.workspace_mb << 20
+        experts.layout,
+        None if derivation is None else derivation.compute,
+        _compute_dtype(experts.weights.up),
+        renormalised,
+        config.estimator,
+        config.workspace_mb << 20,
     )
     scale = weight_per_score(scores, index, weights)
-    saved = (x.detach(), index, weights.detach().to(scores.dtype), scale, *experts.weights)
+    kept = experts.weights if derivation is None else derivation.sources
+    saved = (x.detach(), index, weights.detach().to(scores.dtype), scale, *kept)
     return _StraightThrough.apply(output, scores, saved, call)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -63,6 +72,7 @@ class _Call:
     """What the backward needs besides tensors."""
 
     layout: ExpertLayout
+    compute: Callable[[ExpertWeights], ExpertWeights] | None
     dtype: torch.dtype
     renormalised: bool
     estimator: str
@@ -85,12 +95,15 @@ class _StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        x, index, weights, scale, *expert_weights = ctx.saved_tensors
+        x, index, weights, scale, *kept = ctx.saved_tensors
+        expert_weights = ExpertWeights(*kept)
+        if call.compute is not None:
+            expert_weights = call.compute(expert_weights)
         hidden = x.shape[-1]
         dots = expert_dots(
             x.reshape(-1, hidden),
             g.reshape(-1, hidden),
-            StackedExperts(ExpertWeights(*expert_weights), call.layout),
+            StackedExperts(expert_weights, call.layout),
             call.dtype,
             call.workspace_bytes,
         )

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.routers import ROUTERS, Router
+from densemixer_adapters.weights import read_weights, why_unreadable
 from densemixer_core import (
     DenseMixerConfig,
     ExpertLayout,
-    ExpertWeights,
     RoutingMismatchError,
     StackedExperts,
     check_routing,
@@ -164,21 +164,28 @@ class DenseMixerLayer:
 
     def attach(self, handle: DenseMixerHandle) -> None:
         self._handle = handle
-        self._hooks = [
-            self.router.register_forward_hook(self._after_router),
+        # On the host's own modules, inside of PEFT's wrappers: these come and go (merge_and_unload).
+        for router in _unwrapped(self.router):
+            self._hooks.append(router.register_forward_hook(self._after_router))
+        for experts in _unwrapped(self.block.get_submodule("experts")):
             # First of the hooks: those of ZeRO-3, which may be there already, bring the weights back for what lies
-            # below them in the graph.
-            self.experts.register_forward_hook(self._after_experts, prepend=True, with_kwargs=True),
-            self.block.register_forward_hook(self._after_block),
-        ]
+            # below them in the graph, and those of bitsandbytes drop the dequantised weights.
+            self._hooks.append(experts.register_forward_hook(self._after_experts, prepend=True, with_kwargs=True))
+        self._hooks.append(self.block.register_forward_hook(self._after_block))
 
     def remove(self) -> None:
-        # Copies that others made of the hooked modules (PEFT's `modules_to_save`) share this object; this stops them.
+        # Copies that others made of the hooked modules (of the whole model, say) share this object; this stops them.
         self._handle = None
         self._router_output = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        # PEFT's `modules_to_save` has copied a module with its hooks.
+        for module in self.block.modules():
+            for key, function in list(module._forward_hooks.items()):
+                if getattr(function, "__self__", None) is self:
+                    del module._forward_hooks[key]
+                    module._forward_hooks_with_kwargs.pop(key, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseMixerLayer:
         # The hooks of a copied router must report to the layer whose experts run; a copied layer would bring along a
@@ -285,6 +292,12 @@ def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMi
                 "transformers 5 do. Load the model with transformers >= 5.5.4 and without quantisation, or switch "
                 "DenseMixer off."
             )
+        if reason := why_unreadable(experts, _weight_names(experts)):
+            raise UnsupportedModelError(
+                f"{where}: of its experts ({type(experts).__name__}), {reason}, so DenseMixer can't compute with them. "
+                "Load the model with dequantize=True in its quantisation config or without quantising the experts, or "
+                "switch DenseMixer off."
+            )
         if any(isinstance(getattr(h, "__self__", None), DenseMixerLayer) for h in experts._forward_hooks.values()):
             raise RuntimeError(f"{where}: DenseMixer is attached already; call .remove() on its handle first.")
         yield DenseMixerLayer(name, block, router_name, experts, spec, config)
@@ -292,23 +305,35 @@ def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMi
 
 def _unwrap(module: nn.Module) -> nn.Module:
     """The host's own module inside PEFT's wrappers."""
-    while True:
-        inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
-        if not isinstance(inner, nn.Module):
-            return module
-        module = inner
+    return next(_unwrapped(module))
+
+
+def _unwrapped(module: nn.Module) -> Iterator[nn.Module]:
+    """The host's own module inside PEFT's wrappers, then the copies of it that `modules_to_save` has made."""
+    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+    if not isinstance(inner, nn.Module):
+        yield module
+        return
+    yield from _unwrapped(inner)
+    yield from getattr(module, "modules_to_save", {}).values()
 
 
 def _stacked(experts: Any) -> StackedExperts:
     """The experts' weights as they are now, and how to compute with them."""
-    gated, biased = experts.has_gate, experts.has_bias
-    up = experts.gate_up_proj if gated else experts.up_proj
-    up_bias = (experts.gate_up_proj_bias if gated else experts.up_proj_bias) if biased else None
+    weights, derivation = read_weights(experts, _weight_names(experts))
     return StackedExperts(
-        ExpertWeights(up, experts.down_proj, up_bias, experts.down_proj_bias if biased else None),
+        weights,
         ExpertLayout(
-            activation=experts._apply_gate if gated else experts.act_fn,
+            activation=experts._apply_gate if experts.has_gate else experts.act_fn,
             transposed=experts.is_transposed,
             post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
         ),
+        derivation,
     )
+
+
+def _weight_names(experts: Any) -> tuple[str | None, ...]:
+    """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
+    up = "gate_up_proj" if experts.has_gate else "up_proj"
+    biases = (f"{up}_bias", "down_proj_bias") if experts.has_bias else (None, None)
+    return up, "down_proj", *biases
