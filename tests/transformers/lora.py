@@ -81,8 +81,12 @@ def effective(module: Any) -> Any:
             deltas[module.parameter_name] = deltas.get(module.parameter_name, 0) + module.get_delta_weight(adapter)
         module = module.base_layer
     names = [name for name in ("weight", "bias", *STACKED) if isinstance(getattr(module, name, None), Tensor)]
-    weights = {name: getattr(module, name) + deltas.get(name, 0) for name in names}
+    weights = {name: _float64(getattr(module, name)) + deltas.get(name, 0) for name in names}
     return types.SimpleNamespace(num_experts=getattr(module, "num_experts", None), **weights)
+
+
+def _float64(weight: Any) -> Tensor:
+    return (weight.dequantize() if type(weight).__name__ == "Int8Tensor" else weight).double()
 
 
 def router_gradients(family: Family, found: dict[str, Tensor]) -> dict[str, Tensor]:
