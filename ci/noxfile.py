@@ -14,6 +14,9 @@ CI = Path(__file__).parent.resolve()
 ROOT = CI.parent
 ORIGINAL = ROOT / ".nox" / "original.pt"
 
+# Two at a time. The tests of a file share what it takes long to set up.
+PYTEST = ("pytest", "-n2", "--dist=loadfile")
+
 nox.options.envdir = str(ROOT / ".nox")
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
@@ -87,7 +90,7 @@ def llamafactory(session: nox.Session) -> None:
     session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    session.run("pytest", *(session.posargs or ["tests/boot", "tests/deepspeed", "tests/llamafactory"]))
+    session.run(*PYTEST, *(session.posargs or ["tests/boot", "tests/deepspeed", "tests/llamafactory"]))
 
 
 @nox.session
@@ -95,7 +98,7 @@ def verl(session: nox.Session) -> None:
     """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU."""
     install(session, "verl")
     install_editable(session)
-    session.run("pytest", *(session.posargs or ["tests/verl"]))
+    session.run(*PYTEST, *(session.posargs or ["tests/verl"]))
 
 
 @nox.session(default=False)

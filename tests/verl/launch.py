@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,11 @@ class Run:
         found: dict[str, dict[str, torch.Tensor]] = torch.load(self.folder / f"{role}.pt")
         return found
 
+    def rollouts(self, step: int = 1) -> list[tuple[str, str, float]]:
+        """Prompts, responses and scores of a step, in order of themselves."""
+        lines = (self.folder / "rollouts" / f"{step}.jsonl").read_text().splitlines()
+        return sorted((row["input"], row["output"], row["score"]) for row in map(json.loads, lines))
+
     def lines(self, pattern: str) -> list[Any]:
         """The records in all files of a name."""
         files = sorted(self.folder.glob(pattern))
@@ -124,7 +130,13 @@ def ppo(
             f"hydra.run.dir={folder}/hydra",
             *settings,
         ]
-        return execute(folder, [sys.executable, "-m", "verl.trainer.main_ppo", *arguments], env)
+        command = [sys.executable, "-m", "verl.trainer.main_ppo", *arguments]
+        run = execute(folder, command, env)
+        if run.status and "The current node timed out during startup" in run.output:
+            # Ray gives its own processes 15 seconds to start, which a busy machine may not keep.
+            shutil.rmtree(folder)
+            run = execute(folder, command, env)
+        return run
 
 
 def sft(folder: Path, assets: Path, *settings: str, ranks: int = 1, ray: bool = False, **env: str) -> Run:
@@ -164,7 +176,7 @@ def execute(folder: Path, command: list[Any], env: dict[str, str]) -> Run:
         "RECORDS": str(folder),
         "RAY_DEDUP_LOGS": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_raylet_start_wait_time_s": "300",  # for a busy machine
+        "RAY_raylet_start_wait_time_s": "60",  # for a busy machine
         "RAY_worker_niceness": "0",  # else everything else on the machine goes first
         "OMP_NUM_THREADS": "1",
         "TORCH_COMPILE_DISABLE": "1",
