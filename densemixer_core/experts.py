@@ -25,13 +25,15 @@ class ExpertWeights(NamedTuple):
 
     - ``up``: [experts, width, hidden], or [experts, hidden, width] if the layout is transposed;
     - ``down``: [experts, hidden, ffn], or [experts, ffn, hidden] if the layout is transposed;
-    - ``up_bias``: [experts, width]; ``down_bias``: [experts, hidden].
+    - ``up_bias``: [experts, width]; ``down_bias``: [experts, hidden];
+    - ``scale``: a factor on each expert's output, [experts].
     """
 
     up: Tensor
     down: Tensor
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +45,15 @@ class ExpertLayout:
             whether gate and up halves are concatenated or interleaved, is its affair.
         transposed: Whether the weights are stored [experts, in, out].
         post_norm: A norm applied to each expert's output, [n, hidden] → [n, hidden], or None.
+        identities: How many experts without weights follow the stacked ones that return their input.
+        zeros: How many follow that return zero.
     """
 
     activation: Callable[[Tensor], Tensor]
     transposed: bool = False
     post_norm: Callable[[Tensor], Tensor] | None = None
+    identities: int = 0
+    zeros: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,7 @@ def expert_dots(
     Returns:
         [tokens, experts], float32 or float64.
     """
-    up, down, up_bias, down_bias = experts.weights
+    up, down, up_bias, down_bias, scale = experts.weights
     layout = experts.layout
     dtype = dtype or up.dtype
     accumulate = torch.promote_types(dtype, torch.float32)
@@ -100,8 +106,12 @@ def expert_dots(
     # The same orientation, [experts, in, out], for both layouts; views, not copies.
     up, down = (up, down) if layout.transposed else (up.transpose(1, 2), down.transpose(1, 2))
 
-    dots = torch.empty(up.shape[0], x.shape[0], dtype=accumulate, device=x.device)
-    for expert, row in enumerate(dots):
+    stacked = down.shape[0]
+    count = stacked + layout.identities + layout.zeros
+    dots = torch.zeros(count, x.shape[0], dtype=accumulate, device=x.device)
+    if layout.identities:
+        dots[stacked : stacked + layout.identities] = torch.linalg.vecdot(x.to(accumulate), g.to(accumulate))
+    for expert, row in enumerate(dots[:stacked]):
         up_j, down_j = up[expert].to(dtype), down[expert].to(dtype)
         up_bias_j = None if up_bias is None else up_bias[expert].to(dtype)
         down_bias_j = None if down_bias is None else down_bias[expert].to(dtype)
@@ -115,6 +125,8 @@ def expert_dots(
             else:
                 output = layout.post_norm(_affine(hidden, down_j, down_bias_j))
                 torch.sum(output * g_rows, -1, dtype=accumulate, out=out)
+    if scale is not None:
+        dots[:stacked] *= scale.to(accumulate).unsqueeze(1)
     return dots.t()
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
-SCORE_FUNCTIONS = ("softmax", "sigmoid")
+SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 
 
 class RoutingMismatchError(RuntimeError):
@@ -17,13 +18,15 @@ def router_scores(logits: Tensor, score: str) -> Tensor:
 
     Args:
         logits: [tokens, experts].
-        score: ``"softmax"`` or ``"sigmoid"``.
+        score: One of `SCORE_FUNCTIONS`; ``"sqrtsoftplus"`` is √log(1 + eᶻ).
     """
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if score == "softmax":
         return logits.softmax(-1, dtype=dtype)
     if score == "sigmoid":
         return logits.to(dtype).sigmoid()
+    if score == "sqrtsoftplus":
+        return softplus(logits.to(dtype)).sqrt()
     raise ValueError(f"score must be one of {', '.join(SCORE_FUNCTIONS)}; got {score!r}")
 
 

@@ -26,6 +26,7 @@ class Formula:
     score: Callable[[Tensor], Tensor]
     renormalised: bool
     scaling: float = 1.0
+    epsilon: float = 0.0  # what a model adds to the sum of the selected scores
 
 
 def densemixer(x: Tensor, logits: Tensor, index: Tensor, formula: Formula, estimator: str) -> Tensor:
@@ -35,7 +36,7 @@ def densemixer(x: Tensor, logits: Tensor, index: Tensor, formula: Formula, estim
     outputs = torch.stack([expert(x) for expert in formula.experts], 1)  # [tokens, experts, hidden]
 
     total = (p * selected).sum(1, keepdim=True)
-    c = formula.scaling / total if formula.renormalised else torch.full_like(total, formula.scaling)
+    c = formula.scaling / (total + formula.epsilon) if formula.renormalised else torch.full_like(total, formula.scaling)
     y = (outputs * (c * p * selected).unsqueeze(2)).sum(1)
     if estimator == "conventional":
         return y
@@ -63,6 +64,10 @@ class Float64(TorchFunctionMode):
 
         if func is Tensor.float:
             func = Tensor.double
+        if func is Tensor.backward:
+            with self:  # while a function is handled its mode is off, and Python code runs in the backward too
+                options = dict(kwargs)
+                return torch.autograd.backward(args, options.pop("gradient"), **options)
         return func(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
 
 

@@ -1,15 +1,18 @@
-"""What each router of transformers computes: declared here and nowhere else.
+"""What each router of transformers computes, and which layers the method isn't for: declared here and nowhere else.
 
-The declaration is compared with the weights that the model really uses at the first training forward of each layer, so
-a wrong line here stops the training; it can't bend it silently.
+A declaration is compared with the weights that the model really uses at the first training forward of each layer, so a
+wrong line here stops the training; it can't bend it silently.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Literal, TypeVar
 
 from torch import nn
+
+_T = TypeVar("_T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +25,15 @@ class Router:
         renormalised: Whether the scores of the selected experts are divided by their sum: yes, no, or the name of the
             attribute of the router or its block that says so. A softmax over the selected experts' logits is a softmax
             over all that is renormalised.
+        expert_scale: Name of the router's parameter that scales each expert's weight, [experts], if it has one.
+        further: What the router's outputs beyond the stacked experts stand for: an expert that returns its input, or
+            one that returns zero, which the router hands on as another expert with weight 0.
     """
 
     score: str
     renormalised: bool | str
+    expert_scale: str | None = None
+    further: Literal["identity", "zero"] | None = None
 
     def is_renormalised(self, owners: Iterable[nn.Module]) -> bool:
         """Read the declaration off the first of ``owners`` (router, block) that has the attribute."""
@@ -37,12 +45,154 @@ class Router:
         raise AttributeError(f"neither router nor block has an attribute {self.renormalised!r}")
 
 
-ROUTERS: dict[str, Router] = {
-    "DeepseekV3TopkRouter": Router("sigmoid", "norm_topk_prob"),
-    "GptOssTopKRouter": Router("softmax", True),
-    "MixtralTopKRouter": Router("softmax", True),
-    "OlmoeTopKRouter": Router("softmax", "norm_topk_prob"),
-    "Qwen2MoeTopKRouter": Router("softmax", "norm_topk_prob"),
-    "Qwen3MoeTopKRouter": Router("softmax", "norm_topk_prob"),
+def _cohere2(router: nn.Module) -> Router:
+    if router.expert_selection_fn == "softmax":  # over the selected
+        return Router("softmax", True)
+    return Router("sigmoid", "norm_topk_prob")
+
+
+def _by_activation(router: nn.Module) -> Router:
+    name = type(router.score_fn).__name__
+    scores = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrtsoftplus"}
+    return Router(scores.get(name, name), True)
+
+
+_SOFTMAX = Router("softmax", False)
+_SOFTMAX_RENORMALISED = Router("softmax", True)
+_SOFTMAX_CONFIGURED = Router("softmax", "norm_topk_prob")
+_SIGMOID_RENORMALISED = Router("sigmoid", True)
+_SIGMOID_CONFIGURED = Router("sigmoid", "norm_topk_prob")
+
+ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
+    "AXK1TopkRouter": _SIGMOID_CONFIGURED,
+    "AXK2TopkRouter": _SIGMOID_CONFIGURED,
+    "AfmoeTokenChoiceRouter": _SIGMOID_RENORMALISED,
+    "AriaTextTopKRouter": _SOFTMAX_RENORMALISED,
+    "BailingHybridTopkRouter": _SIGMOID_CONFIGURED,
+    "BeamTopKRouter": _SIGMOID_CONFIGURED,
+    "Cohere2MoeTopKRouter": _cohere2,
+    "DeepseekOcr2TextTopkRouter": _SOFTMAX,
+    "DeepseekV2TopkRouter": _SOFTMAX,
+    "DeepseekV32TopkRouter": _SIGMOID_CONFIGURED,
+    "DeepseekV3TopkRouter": _SIGMOID_CONFIGURED,
+    "DeepseekV4TopKRouter": _by_activation,
+    "DiffusionGemmaTextRouter": Router("softmax", True, expert_scale="per_expert_scale"),
+    "Dots1TopkRouter": _SIGMOID_CONFIGURED,
+    "Dots3NoteTextTopkRouter": _SIGMOID_CONFIGURED,
+    "Dots3NoteVisionTopKRouter": _SIGMOID_RENORMALISED,
+    "Ernie4_5_MoeTopKRouter": _SOFTMAX_RENORMALISED,
+    "Ernie4_5_VLMoeMoeTopKRouter": _SOFTMAX_RENORMALISED,
+    "ExaoneMoeTopkRouter": _SIGMOID_CONFIGURED,
+    "FlexOlmoTopKRouter": _SOFTMAX_CONFIGURED,
+    "FlintTopKRouter": _SIGMOID_CONFIGURED,
+    "Gemma4TextRouter": Router("softmax", True, expert_scale="per_expert_scale"),
+    "Glm4MoeLiteTopkRouter": _SIGMOID_CONFIGURED,
+    "Glm4MoeTopkRouter": _SIGMOID_CONFIGURED,
+    "Glm4vMoeTextTopkRouter": _SIGMOID_CONFIGURED,
+    "Glm5NextTextTopkRouter": _SIGMOID_CONFIGURED,
+    "GlmMoeDsaTopkRouter": _SIGMOID_CONFIGURED,
+    "GptOssTopKRouter": _SOFTMAX_RENORMALISED,
+    "GraniteMoeHybridTopKRouter": _SOFTMAX_RENORMALISED,
+    "GraniteMoeSWATopKRouter": _SOFTMAX_RENORMALISED,
+    "GraniteMoeSharedTopKRouter": _SOFTMAX_RENORMALISED,
+    "GraniteMoeTopKRouter": _SOFTMAX_RENORMALISED,
+    "HYV3TopKRouter": _SIGMOID_RENORMALISED,
+    "HYV4TopkRouter": _SIGMOID_CONFIGURED,
+    "HunYuanMoEV1Gate": _SOFTMAX_RENORMALISED,
+    "Inkling2TopKRouter": _by_activation,
+    "JambaSparseMoeBlock": _SOFTMAX,
+    "JambaTopKRouter": _SOFTMAX,
+    "KimiLinearTopkRouter": _SIGMOID_CONFIGURED,
+    "Kolibri1TopKRouter": _SIGMOID_CONFIGURED,
+    "LagunaTopKRouter": _SIGMOID_RENORMALISED,
+    "Lfm2MoeSparseMoeBlock": _SIGMOID_CONFIGURED,
+    "Lfm2MoeTopKRouter": _SIGMOID_CONFIGURED,
+    "LongcatFlashTopkRouter": Router("softmax", False, further="identity"),
+    "MellumTopKRouter": _SOFTMAX_CONFIGURED,
+    "MiMoV2FlashTopkRouter": _SIGMOID_CONFIGURED,
+    "MiniMaxM2TopKRouter": _SIGMOID_RENORMALISED,
+    "MiniMaxM3VLTopKRouter": _SIGMOID_RENORMALISED,
+    "MiniMaxTopKRouter": _SOFTMAX_RENORMALISED,
+    "Mistral4TopkRouter": _SOFTMAX_CONFIGURED,
+    "MistralLarge4TextTopkRouter": _SOFTMAX_RENORMALISED,
+    "MixtralTopKRouter": _SOFTMAX_RENORMALISED,
+    "MuseSparkTopkRouter": _SIGMOID_RENORMALISED,
+    "NemotronHTopkRouter": _SIGMOID_CONFIGURED,
+    "OlmoeTopKRouter": _SOFTMAX_CONFIGURED,
+    "OpenAIPrivacyFilterTopKRouter": _SOFTMAX_RENORMALISED,
+    "Qwen2MoeTopKRouter": _SOFTMAX_CONFIGURED,
+    "Qwen3MoeTopKRouter": _SOFTMAX_CONFIGURED,
+    "Qwen3NextTopKRouter": _SOFTMAX_CONFIGURED,
+    "Qwen3OmniMoeTalkerTextTopKRouter": _SOFTMAX_CONFIGURED,
+    "Qwen3OmniMoeTextTopKRouter": _SOFTMAX_RENORMALISED,
+    "Qwen3OmniMoeThinkerTextTopKRouter": _SOFTMAX_CONFIGURED,
+    "Qwen3VLMoeTextTopKRouter": _SOFTMAX_RENORMALISED,
+    "Qwen3_5MoeTopKRouter": _SOFTMAX_RENORMALISED,
+    "Qwen4ExpTextTopKRouter": _SOFTMAX_CONFIGURED,
+    "SolarOpenTopkRouter": _SIGMOID_CONFIGURED,
+    "Step3p7TopKRouter": _SIGMOID_RENORMALISED,
+    "UnlimitedOcrTextTopkRouter": _SOFTMAX,
+    "ZayaRouter": Router("softmax", False, further="zero"),
 }
-"""Keyed by the name of the router's class."""
+"""Keyed by the name of the router's class; where that is a plain linear layer, of the block's."""
+
+CONVENTIONAL: dict[str, str] = {
+    "DeepseekV4HashRouter": "it picks experts by token id, so an unselected expert's score can't change the selection",
+}
+"""Routers of layers that train conventionally, as part of a model whose other layers don't, and why."""
+
+STACKED_WITHOUT_DECORATOR = ("LongcatFlashExperts", "Step3p7Experts")
+"""Experts laid out as the defaults of transformers' `use_experts_implementation` say, without being decorated by it."""
+
+_INLINE = "it computes its experts inline, without a module `experts` that DenseMixer could follow"
+_SEPARATE = (
+    "its experts are separate modules, behind a capacity that drops tokens; DenseMixer reads stacked weights and "
+    "follows every token"
+)
+_OLDER = "; the models of newer versions of transformers are supported"
+
+REFUSED: dict[str, str] = {
+    "AriaTextMoELayer": "its experts take logits and select by themselves" + _OLDER,
+    "DbrxFFN": "its experts keep gate and up projection in separate weights; DenseMixer reads a stacked `gate_up_proj`",
+    "DeepseekV2Moe": "it multiplies by its router's weight instead of calling the router" + _OLDER,
+    "DogeCDMoE": "its experts are rows of embeddings, found by product keys and computed inline",
+    "GraniteMoeHybridMoE": _INLINE + _OLDER,
+    "GraniteMoeMoE": _INLINE + _OLDER,
+    "GraniteMoeSharedMoE": _INLINE + _OLDER,
+    "InklingMoE": "its weights are normalised together with those of its shared experts, outside of `experts`",
+    "JetMoeMoA": "its experts are projections around the attention, so its output isn't their weighted sum",
+    "JetMoeMoE": _INLINE,
+    "Llama4TextMoe": "it scales the experts' input by the score, so its output isn't linear in the weights",
+    "NllbMoeSparseMLP": _SEPARATE,
+    "PhimoeSparseMoeBlock": "its SparseMixer router estimates a gradient of its own for the selection",
+    "SwitchTransformersSparseMLP": _SEPARATE,
+}
+"""Blocks that DenseMixer can't train, by the name of their class, and why; unless their router is in `ROUTERS`."""
+
+
+def router_of(router: nn.Module, block: nn.Module) -> Router | None:
+    """What is declared for a block's router; None if it is unknown.
+
+    Raises:
+        LookupError: DenseMixer can't train the block. The message says why.
+    """
+    declared = _named(ROUTERS, router)
+    if declared is None:
+        if (reason := _named(REFUSED, block)) is not None:
+            raise LookupError(reason)
+        declared = _named(ROUTERS, block)
+    return declared(router) if callable(declared) else declared
+
+
+def is_refused(block: nn.Module) -> bool:
+    """Whether a block is in `REFUSED`, whatever its router."""
+    return _named(REFUSED, block) is not None
+
+
+def left_to_the_host(router: nn.Module) -> str | None:
+    """Why the router's layer trains conventionally; None if it doesn't."""
+    return _named(CONVENTIONAL, router)
+
+
+def _named(table: dict[str, _T], module: nn.Module) -> _T | None:
+    return next((table[c.__name__] for c in type(module).__mro__ if c.__name__ in table), None)

@@ -7,6 +7,7 @@ see all that the method needs, whatever kernel computes the experts, so no forwa
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from densemixer_adapters.routers import ROUTERS, Router
+from densemixer_adapters.routers import STACKED_WITHOUT_DECORATOR, Router, is_refused, left_to_the_host, router_of
 from densemixer_adapters.weights import read_weights, why_unreadable
 from densemixer_core import (
     DenseMixerConfig,
@@ -216,14 +217,20 @@ class DenseMixerLayer:
             return None
         router_output = router_output.reshape(-1, router_output.shape[-1])
         x, index, weights = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:3]
-        stacked = _stacked(experts)
-        if stacked.weights.up.shape[0] != router_output.shape[-1]:
-            raise UnsupportedModelError(
-                f"{self.name}: this process holds {stacked.weights.up.shape[0]} of {router_output.shape[-1]} experts. "
-                "DenseMixer doesn't work with the expert parallelism of transformers yet; load the model without an "
-                "expert-parallel plan, or switch DenseMixer off."
-            )
-        scores = self._scores(router_output, index, weights)
+        stacked = self._stacked(experts, router_output.shape[-1])
+        first = self._gives_probabilities is None
+        if first:
+            self._gives_probabilities = self._router.score == "softmax" and are_probabilities(router_output)
+        scores = router_output if self._gives_probabilities else router_scores(router_output, self._router.score)
+        if stacked.layout.zeros:
+            # Where a token chose the expert that returns zero, the host has put another one there, with weight 0.
+            none = weights == 0
+            index = index.masked_fill(none, stacked.weights.down.shape[0])
+            weights = torch.where(none, scores.detach().gather(-1, index).to(weights.dtype), weights)
+        if stacked.weights.scale is not None:
+            weights = weights / stacked.weights.scale[index]
+        if first:
+            self._check(scores, index, weights)
         return straight_through(
             output,
             scores if self.observe is None else self.observe(scores, x),
@@ -246,47 +253,87 @@ class DenseMixerLayer:
             )
         self._experts_ran = False
 
-    def _scores(self, router_output: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        first = self._gives_probabilities is None
-        if first:
-            self._gives_probabilities = self._router.score == "softmax" and are_probabilities(router_output)
-        scores = router_output if self._gives_probabilities else router_scores(router_output, self._router.score)
-        if first:
-            try:
-                check_routing(scores, index, weights, self._renormalised)
-            except RoutingMismatchError as error:
-                self._gives_probabilities = None
-                raise RoutingMismatchError(
-                    f"{self.router_name} ({type(_unwrap(self.router)).__name__}): DenseMixer takes its scores to be "
-                    f"the {self._router.score} of its logits, but {error}. This version of the model routes "
-                    "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
-                ) from None
-        return scores
+    def _stacked(self, experts: nn.Module, scored: int) -> StackedExperts:
+        """The experts, of which the router scores ``scored``."""
+        weights, derivation = read_weights(experts, _weight_names(experts))
+        if self._router.expert_scale:
+            scale = getattr(_unwrap(self.router), self._router.expert_scale)
+            weights = weights._replace(scale=scale)
+            if derivation:
+                derivation = dataclasses.replace(derivation, sources=derivation.sources._replace(scale=scale))
+        held = weights.down.shape[0]
+        further = self._router.further
+        if scored < held:
+            raise UnsupportedModelError(
+                f"{self.name}: its router returns {scored} numbers a token first, not the scores of {held} experts. "
+                "Newer versions of transformers return them; upgrade, or switch DenseMixer off."
+            )
+        if scored > held and further is None:
+            raise UnsupportedModelError(
+                f"{self.name}: this process holds {held} of {scored} experts. DenseMixer doesn't work with the expert "
+                "parallelism of transformers yet; load the model without an expert-parallel plan, or switch DenseMixer "
+                "off."
+            )
+        layout = dataclasses.replace(
+            _layout(experts),
+            identities=scored - held if further == "identity" else 0,
+            zeros=scored - held if further == "zero" else 0,
+        )
+        return StackedExperts(weights, layout, derivation)
+
+    def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
+        try:
+            check_routing(scores, index, weights, self._renormalised)
+        except RoutingMismatchError as error:
+            self._gives_probabilities = None
+            raise RoutingMismatchError(
+                f"{self.router_name} ({type(_unwrap(self.router)).__name__}): DenseMixer takes its scores to be "
+                f"the {self._router.score} of its logits, but {error}. This version of the model routes "
+                "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
+            ) from None
 
 
 def _find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, block and the name of its router, of every Mixture-of-Experts layer."""
+    """Name, block and the name of its router ("" if it has none), of every Mixture-of-Experts layer."""
     for name, block in model.named_modules():
-        router_name = next((r for r in ROUTER_NAMES if isinstance(getattr(block, r, None), nn.Module)), None)
-        if router_name is not None and isinstance(getattr(block, "experts", None), nn.Module):
+        router_name = next((r for r in ROUTER_NAMES if isinstance(getattr(block, r, None), nn.Module)), "")
+        if is_refused(block) or (router_name and isinstance(getattr(block, "experts", None), nn.Module)):
             yield name, block, router_name
 
 
 def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMixerLayer]:
-    blocks = list(_find_blocks(model))
+    blocks, left_out = [], {}
+    for name, block, router_name in _find_blocks(model):
+        why = left_to_the_host(_unwrap(block.get_submodule(router_name)))
+        if why is None:
+            blocks.append((name, block, router_name))
+        else:
+            left_out[name] = why
+    if left_out:
+        logger.warning(
+            "DenseMixer leaves %s to conventional training: %s.", ", ".join(left_out), "; ".join({*left_out.values()})
+        )
     if not blocks:
         return
     for name, block, router_name in (blocks[position] for position in config.positions(len(blocks))):
-        router, experts = _unwrap(getattr(block, router_name)), _unwrap(block.get_submodule("experts"))
         where = f"{name or type(model).__name__} ({type(block).__name__})"
-        spec = next((ROUTERS[c.__name__] for c in type(router).__mro__ if c.__name__ in ROUTERS), None)
+        router = _unwrap(block.get_submodule(router_name))
+        try:
+            spec = router_of(router, block)
+        except LookupError as refused:
+            raise UnsupportedModelError(
+                f"{where}: DenseMixer can't train it: {refused.args[0]}. Switch DenseMixer off for this model, or leave "
+                "the layer out with the option `layers`."
+            ) from None
         if spec is None:
             raise UnsupportedModelError(
                 f"{where}: its router {type(router).__name__} is unknown to DenseMixer, which must know how scores "
-                f"become weights. Known: {', '.join(sorted(ROUTERS))}. A newer densemixer-adapters may know it; "
-                "otherwise switch DenseMixer off for this model."
+                "become weights. Those that it knows are in densemixer_adapters/routers.py, and in the README by "
+                "architecture. A newer densemixer-adapters may know it; otherwise switch DenseMixer off for this model."
             )
-        if not hasattr(experts, "has_gate") or not isinstance(getattr(experts, "down_proj", None), Tensor):
+        experts = _unwrap(block.get_submodule("experts"))
+        stacked = hasattr(experts, "has_gate") or type(experts).__name__ in STACKED_WITHOUT_DECORATOR
+        if not stacked or not isinstance(getattr(experts, "down_proj", None), Tensor):
             raise UnsupportedModelError(
                 f"{where}: its experts ({type(experts).__name__}) don't hold stacked weights as the models of "
                 "transformers 5 do. Load the model with transformers >= 5.5.4 and without quantisation, or switch "
@@ -318,22 +365,26 @@ def _unwrapped(module: nn.Module) -> Iterator[nn.Module]:
     yield from getattr(module, "modules_to_save", {}).values()
 
 
-def _stacked(experts: Any) -> StackedExperts:
-    """The experts' weights as they are now, and how to compute with them."""
-    weights, derivation = read_weights(experts, _weight_names(experts))
-    return StackedExperts(
-        weights,
-        ExpertLayout(
-            activation=experts._apply_gate if experts.has_gate else experts.act_fn,
-            transposed=experts.is_transposed,
-            post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
-        ),
-        derivation,
+def _weight_names(experts: Any) -> tuple[str | None, ...]:
+    """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
+    up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    biases = (f"{up}_bias", "down_proj_bias") if getattr(experts, "has_bias", False) else (None, None)
+    return up, "down_proj", *biases
+
+
+def _layout(experts: Any) -> ExpertLayout:
+    """How to compute with the weights. Experts without transformers' decorator are laid out as its defaults say."""
+    activation = getattr(experts, "_apply_gate", None) if getattr(experts, "has_gate", True) else experts.act_fn
+    return ExpertLayout(
+        activation=activation or _gate_by(experts.act_fn),
+        transposed=getattr(experts, "is_transposed", False),
+        post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
     )
 
 
-def _weight_names(experts: Any) -> tuple[str | None, ...]:
-    """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
-    up = "gate_up_proj" if experts.has_gate else "up_proj"
-    biases = (f"{up}_bias", "down_proj_bias") if experts.has_bias else (None, None)
-    return up, "down_proj", *biases
+def _gate_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gate_up(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return activation(gate) * up
+
+    return gate_up
