@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 
 
@@ -65,10 +66,14 @@ class Float64(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         if func is Tensor.backward:
-            with self:  # while a function is handled its mode is off, and Python code runs in the backward too
-                options = dict(kwargs)
-                return torch.autograd.backward(args, options.pop("gradient"), **options)
+            return self._backward(args[0], kwargs["gradient"])
         return func(*map(widen, args), **{key: widen(value) for key, value in (kwargs or {}).items()})
+
+    def _backward(self, loss: Tensor, gradient: Tensor | None) -> None:
+        """The same in a backward that runs Python code: the engine itself, since torch's functions switch modes off."""
+        gradient = torch.ones_like(loss) if gradient is None else gradient
+        with self:
+            _engine_run_backward((loss,), (gradient,), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

@@ -124,7 +124,6 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "Qwen3MoeTopKRouter": _SOFTMAX_CONFIGURED,
     "Qwen3NextTopKRouter": _SOFTMAX_CONFIGURED,
     "Qwen3OmniMoeTalkerTextTopKRouter": _SOFTMAX_CONFIGURED,
-    "Qwen3OmniMoeTextTopKRouter": _SOFTMAX_RENORMALISED,
     "Qwen3OmniMoeThinkerTextTopKRouter": _SOFTMAX_CONFIGURED,
     "Qwen3VLMoeTextTopKRouter": _SOFTMAX_RENORMALISED,
     "Qwen3_5MoeTopKRouter": _SOFTMAX_RENORMALISED,

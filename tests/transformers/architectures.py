@@ -184,8 +184,8 @@ def found() -> list[str]:
     return [folder for folder in _sources() if folder not in NO_ROUTER]
 
 
-def decorated(folder: str) -> set[str]:
-    """The names of the classes of experts in a folder that follow the contract of transformers 5."""
+def experts_classes(folder: str) -> set[str]:
+    """The names of a folder's classes of experts that follow the contract of transformers 5."""
     return set(DECORATED.findall(_sources()[folder]))
 
 

@@ -171,13 +171,13 @@ def expert(experts: Any, j: int) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def dense(model: nn.Module, layers: list[tuple[nn.Module, nn.Module]], folder: str, estimator: str) -> nn.Module:
+def dense(model: nn.Module, layers: list[tuple[nn.Module, nn.Module]], formula: Formula, estimator: str) -> nn.Module:
     """A copy of the model whose ``layers``, (block, router) each, compute the oracle instead of their experts."""
     memo: dict[int, Any] = {}
     truth = copy.deepcopy(model, memo)
     for block, router in layers:
-        formula = FORMULAS.get(type(block).__name__) or FORMULAS[folder]
-        _make_dense(memo[id(block)].experts, memo[id(router)], formula, estimator, model.config.get_text_config())
+        own = FORMULAS.get(type(block).__name__, formula)
+        _make_dense(memo[id(block)].experts, memo[id(router)], own, estimator, model.config.get_text_config())
     return truth
 
 
