@@ -7,7 +7,8 @@ from densemixer_core.routing import are_probabilities
 
 def route(score: str, renormalised: bool, scaling: float = 1.0, dtype: torch.dtype = torch.float32, k: int = 3):
     logits = torch.randn(20, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
-    scores = logits.float().softmax(-1) if score == "softmax" else logits.float().sigmoid()
+    z = logits.float()
+    scores = {"softmax": z.softmax(-1), "sigmoid": z.sigmoid(), "sqrtsoftplus": (1 + z.exp()).log().sqrt()}[score]
     top, index = scores.topk(k, -1)
     weights = (top / top.sum(-1, keepdim=True) if renormalised else top) * scaling
     return logits, index, weights.to(dtype)
@@ -15,7 +16,7 @@ def route(score: str, renormalised: bool, scaling: float = 1.0, dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("renormalised", [True, False])
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
 def test_the_factor_turns_scores_into_weights(score: str, renormalised: bool, dtype: torch.dtype) -> None:
     logits, index, weights = route(score, renormalised, scaling=2.5, dtype=dtype)
     scores = router_scores(logits, score)
@@ -47,7 +48,7 @@ def test_no_tokens_is_no_mismatch() -> None:
 
 
 def test_unknown_score_function() -> None:
-    with pytest.raises(ValueError, match="softmax, sigmoid; got 'tanh'"):
+    with pytest.raises(ValueError, match="softmax, sigmoid, sqrtsoftplus; got 'tanh'"):
         router_scores(torch.zeros(1, 2), "tanh")
 
 

@@ -215,6 +215,8 @@ def build(folder: str, cls: type[nn.Module] | None = None, **options: Any) -> nn
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "norm" not in name and tensor.is_floating_point() and "inv_freq" not in name:
                 tensor.normal_(std=0.2)
+            if name.endswith("balancing_biases"):  # would decide alone
+                tensor.zero_()
             if name.endswith("tid2eid"):  # which experts each token id is sent to
                 tensor.copy_(torch.rand(len(tensor), 8).argsort(-1)[:, : tensor.shape[1]])
     return model.train()

@@ -39,8 +39,11 @@ def test_an_unknown_router_leaves_no_hook_behind() -> None:
         pass
 
     model.model.layers[1].mlp.gate = MyRouter(64, 8)
-    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp .*MyRouter is unknown.*Qwen3MoeTopKRouter"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"model\.layers\.1\.mlp .*MyRouter is unknown.*routers\.py"
+    ) as caught:
         apply_densemixer(model)
+    assert len(str(caught.value)) < 500  # not the names of all that are known
     assert not any(module._forward_hooks for module in model.modules())
 
 
