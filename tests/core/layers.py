@@ -40,6 +40,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "ungated": F.relu,
 }
 
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": lambda z: (1 + z.exp()).log().sqrt(),
+}
+
 
 @dataclasses.dataclass
 class Case:
@@ -52,10 +58,18 @@ class Case:
     bias: bool = False
     transposed: bool = False
     post_norm: bool = False
+    scale: bool = False
+    identities: int = 0
+    zeros: int = 0
     score: str = "softmax"
     renormalised: bool = True
     scaling: float = 1.0
     seed: int = 0
+
+    @property
+    def scored(self) -> int:
+        """How many experts the router scores."""
+        return self.experts + self.identities + self.zeros
 
 
 class Layer:
@@ -70,15 +84,19 @@ class Layer:
 
         width = case.ffn if case.activation == "ungated" else 2 * case.ffn
         up, down = (width, case.hidden), (case.hidden, case.ffn)
-        self.x, self.router = leaf(case.tokens, case.hidden), leaf(case.experts, case.hidden)
+        self.x, self.router = leaf(case.tokens, case.hidden), leaf(case.scored, case.hidden)
         self.weights = ExpertWeights(
             leaf(case.experts, *(reversed(up) if case.transposed else up)),
             leaf(case.experts, *(reversed(down) if case.transposed else down)),
             leaf(case.experts, width) if case.bias else None,
             leaf(case.experts, case.hidden) if case.bias else None,
+            leaf(case.experts) if case.scale else None,
         )
         self.g = leaf(case.tokens, case.hidden).detach()
-        self.layout = ExpertLayout(ACTIVATIONS[case.activation], case.transposed, rms_norm if case.post_norm else None)
+        norm = rms_norm if case.post_norm else None
+        self.layout = ExpertLayout(
+            ACTIVATIONS[case.activation], case.transposed, norm, identities=case.identities, zeros=case.zeros
+        )
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -86,12 +104,15 @@ class Layer:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def expert(self, j: int, x: Tensor) -> Tensor:
-        up, down, up_bias, down_bias = (None if w is None else w[j] for w in self.weights)
+        if j >= self.case.experts:
+            return x if j < self.case.experts + self.case.identities else torch.zeros_like(x)
+        up, down, up_bias, down_bias, scale = (None if w is None else w[j] for w in self.weights)
         hidden = x @ (up if self.case.transposed else up.T)
         hidden = ACTIVATIONS[self.case.activation](hidden if up_bias is None else hidden + up_bias)
         output = hidden @ (down if self.case.transposed else down.T)
         output = output if down_bias is None else output + down_bias
-        return rms_norm(output) if self.case.post_norm else output
+        output = rms_norm(output) if self.case.post_norm else output
+        return output if scale is None else output * scale
 
     @functools.cached_property
     def index(self) -> Tensor:
@@ -106,7 +127,7 @@ class Layer:
             weights = weights / weights.sum(-1, keepdim=True)
         weights = (weights * self.case.scaling).to(self.x.dtype)
         output = torch.zeros_like(self.x)
-        for j in range(self.case.experts):
+        for j in range(self.case.scored):
             token, slot = torch.where(self.index == j)
             output = output.index_add(0, token, self.expert(j, self.x[token]) * weights[token, slot, None])
         return output, scores, weights
@@ -132,8 +153,8 @@ class Layer:
 
     def truth(self, estimator: str) -> dict[str, Tensor]:
         formula = oracle.Formula(
-            [lambda x, j=j: self.expert(j, x) for j in range(self.case.experts)],
-            (lambda z: z.softmax(1)) if self.case.score == "softmax" else torch.sigmoid,
+            [lambda x, j=j: self.expert(j, x) for j in range(self.case.scored)],
+            SCORES[self.case.score],
             self.case.renormalised,
             self.case.scaling,
         )

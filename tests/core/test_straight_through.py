@@ -27,7 +27,10 @@ cases = st.builds(
     bias=st.booleans(),
     transposed=st.booleans(),
     post_norm=st.booleans(),
-    score=st.sampled_from(["softmax", "sigmoid"]),
+    scale=st.booleans(),
+    identities=st.integers(0, 2),
+    zeros=st.integers(0, 2),
+    score=st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]),
     renormalised=st.booleans(),
     scaling=st.sampled_from([1.0, 2.5]),
     seed=st.integers(0, 2**31),
@@ -103,7 +106,7 @@ def test_inner_products_in_every_dtype_and_memory_bound(case: Case, dtype: torch
         x, g = layer.x.double(), layer.g.double()
         truth = torch.stack([(exact.expert(j, x) * g).sum(-1) for j in range(case.experts)], 1)
     assert ours.dtype == torch.float32
-    assert ours.shape == (case.tokens, case.experts)
+    assert ours.shape == (case.tokens, case.scored)
     # No worse than the obvious evaluation in the same dtype by more than a few roundings of the largest value.
     allowed = (naive.double() - truth).norm() + 4 * torch.finfo(dtype).eps * truth.abs().max() * truth.numel() ** 0.5
     assert (ours.double() - truth).norm() <= allowed
