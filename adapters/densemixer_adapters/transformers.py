@@ -322,8 +322,8 @@ def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMi
             spec = router_of(router, block)
         except LookupError as refused:
             raise UnsupportedModelError(
-                f"{where}: DenseMixer can't train it: {refused.args[0]}. Switch DenseMixer off for this model, or leave "
-                "the layer out with the option `layers`."
+                f"{where}: DenseMixer can't train it: {refused.args[0]}. Switch DenseMixer off for this model, or "
+                "leave the layer out with the option `layers`."
             ) from None
         if spec is None:
             raise UnsupportedModelError(
