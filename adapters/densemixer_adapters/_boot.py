@@ -32,7 +32,11 @@ PATCHES = {
 }
 """The exact name of a module, and the function that patches it."""
 
+PATCHES_IF_ENABLED = {"transformers.modeling_utils": "densemixer_adapters.environment:patch_modeling_utils"}
+"""Those that are made only where the environment asks for DenseMixer in every program."""
+
 SWITCH = "DENSEMIXER_BOOT"
+ENABLED = "DENSEMIXER_ENABLED"
 
 _taken: set[str] = set()
 """Names of modules that are patched, or will be as soon as their own code has run."""
@@ -41,7 +45,11 @@ _searches: set[tuple[str, int]] = set()
 
 
 def is_switched_off() -> bool:
-    return os.environ.get(SWITCH, "").strip().lower() in ("0", "false", "no", "off")
+    return _is_off(SWITCH, "1")
+
+
+def _is_off(variable: str, default: str) -> bool:
+    return (os.environ.get(variable, "").strip().lower() or default) in ("0", "f", "false", "no", "off")
 
 
 def is_live() -> bool:
@@ -52,6 +60,8 @@ def is_live() -> bool:
 def install() -> None:
     """Put the hook in place, once. Never raises."""
     if not is_live() and not is_switched_off():
+        if not _is_off(ENABLED, "0"):
+            PATCHES.update(PATCHES_IF_ENABLED)
         sys.meta_path.insert(0, _Finder)
 
 
@@ -109,8 +119,10 @@ def _patch(module: "ModuleType", name: str) -> None:
     try:
         patches, function = PATCHES[name].split(":")
         getattr(import_module(patches), function)(module)
-    except Exception as error:  # whoever doesn't use DenseMixer must not be stopped by it
-        _warn(name, error)
+    except Exception as error:
+        if name in PATCHES_IF_ENABLED:
+            raise
+        _warn(name, error)  # whoever doesn't use DenseMixer must not be stopped by it
 
 
 def _warn(name: str, error: Exception) -> None:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import logging
+import math
+import os
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -69,18 +71,35 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
             "switch it off for this model."
         )
     handle = DenseMixerHandle(layers)
-    logger.info(
-        "DenseMixer is attached to %d layers of %s (estimator %s)", len(layers), type(model).__name__, config.estimator
+    logger.log(
+        logging.DEBUG if int(os.environ.get("RANK") or 0) else logging.INFO,
+        "DenseMixer is attached to %d layers of %s (%s): estimator %s, %.3g GFLOP more a token in the backward",
+        len(layers),
+        type(model).__name__,
+        getattr(getattr(model, "config", None), "model_type", "no model type"),
+        config.estimator,
+        1e-9 * sum(2 * math.prod(shape) for layer in layers for shape in layer.matrices),
     )
     handle.warn_of_frozen_routers()
     return handle
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model has Mixture-of-Experts layers, be they of a kind that DenseMixer can train or not."""
+    return next(_find_blocks(model), None) is not None
+
+
 class DenseMixerHandle:
-    """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it."""
+    """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
+
+    Attributes:
+        layers: The layers, in the model's order.
+        gives_way: Whether attaching DenseMixer again takes this one's place rather than being an error.
+    """
 
     def __init__(self, layers: list[DenseMixerLayer]) -> None:
         self.layers = layers
+        self.gives_way = False
         self._known_as_frozen: set[str] = set()
         for layer in layers:
             layer.attach(self)
@@ -151,6 +170,19 @@ class DenseMixerLayer:
         """The router, as the block calls it now: PEFT may have wrapped it since."""
         router: nn.Module = getattr(self.block, self.router_name.rpartition(".")[2])
         return router
+
+    def give_way(self) -> bool:
+        """Remove the whole handle that this layer belongs to, if it may be."""
+        if self._handle is not None and self._handle.gives_way:
+            self._handle.remove()
+            return True
+        return False
+
+    @property
+    def matrices(self) -> list[tuple[int, ...]]:
+        """The shapes of the experts' two stacked weights, also while ZeRO-3 has partitioned them."""
+        weights = [getattr(self.experts, name) for name in _weight_names(self.experts)[:2] if name]
+        return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 
     @property
     def score(self) -> str:
@@ -345,8 +377,10 @@ def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMi
                 "Load the model with dequantize=True in its quantisation config or without quantising the experts, or "
                 "switch DenseMixer off."
             )
-        if any(isinstance(getattr(h, "__self__", None), DenseMixerLayer) for h in experts._forward_hooks.values()):
-            raise RuntimeError(f"{where}: DenseMixer is attached already; call .remove() on its handle first.")
+        for hook in list(experts._forward_hooks.values()):
+            attached = getattr(hook, "__self__", None)
+            if isinstance(attached, DenseMixerLayer) and not attached.give_way():
+                raise RuntimeError(f"{where}: DenseMixer is attached already; call .remove() on its handle first.")
         yield DenseMixerLayer(name, block, router_name, experts, spec, config)
 
 

@@ -1,0 +1,156 @@
+"""DenseMixer without a line of code: ``DENSEMIXER_ENABLED=1`` in the environment of any program.
+
+Every model that transformers loads (``from_pretrained``, ``from_config``) gets DenseMixer if it is a
+Mixture-of-Experts. `patch_modeling_utils` is called by the boot hook (`densemixer_adapters._boot`), in every process
+that imports transformers, so the children of torchrun and Ray's workers are reached too. A layer that doesn't train, as
+in a reference model, costs nothing. Where a framework's own switch asks for DenseMixer too, its options are used.
+
+========================  ==========================================================================================
+``DENSEMIXER_ENABLED``    ``1`` switches it on
+``DENSEMIXER_MODELS``     the model types to attach to, e.g. ``qwen3_moe,olmoe``; all if unset
+``DENSEMIXER_QWEN3``      ``0`` leaves out Qwen3-MoE; ``DENSEMIXER_QWEN2`` and ``DENSEMIXER_OLMOE`` likewise (they are
+                          the original's)
+``DENSEMIXER_ESTIMATOR``  and so on: a field of `densemixer_core.DenseMixerConfig` each
+``DENSEMIXER_LOG_LEVEL``  the level of the logger ``densemixer``, e.g. ``warning``
+========================  ==========================================================================================
+"""
+
+from __future__ import annotations
+
+import contextvars
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from densemixer_adapters._boot import ENABLED
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, has_experts
+from densemixer_core import DenseMixerConfig
+
+logger = logging.getLogger("densemixer")
+
+MODELS = "DENSEMIXER_MODELS"
+LOG_LEVEL = "DENSEMIXER_LOG_LEVEL"
+MODEL_SWITCHES = {
+    "DENSEMIXER_QWEN3": "qwen3_moe",
+    "DENSEMIXER_QWEN2": "qwen2_moe",
+    "DENSEMIXER_OLMOE": "olmoe",
+}
+"""The original's variables, which are on unless they are set to off, and the model types that they speak of."""
+
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+TRUE, FALSE = ("1", "true", "yes", "on", "t"), ("0", "false", "no", "off", "f", "")
+
+_loading = contextvars.ContextVar("densemixer_loading", default=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the environment says.
+
+    Args:
+        enabled: Whether to attach at all.
+        only: The model types to attach to, None for all.
+        never: Model types to leave alone.
+        config: The options.
+        log_level: The level of the logger ``densemixer``, None to leave it alone.
+    """
+
+    enabled: bool
+    only: frozenset[str] | None
+    never: frozenset[str]
+    config: DenseMixerConfig
+    log_level: str | None
+
+    def wants(self, model_type: str) -> bool:
+        return self.enabled and model_type not in self.never and (self.only is None or model_type in self.only)
+
+
+def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read all variables.
+
+    Raises:
+        ValueError: A variable's value is wrong. The message names the variable.
+    """
+    environ = os.environ if environ is None else environ
+    named = {name.strip() for name in environ.get(MODELS, "").split(",")} - {""}
+    if unknown := named - known_model_types():
+        raise ValueError(f"environment variable {MODELS}: {', '.join(sorted(unknown))}: no such model type")
+    level = environ.get(LOG_LEVEL, "").upper() or None
+    if level not in (None, *LEVELS):
+        raise ValueError(f"environment variable {LOG_LEVEL}={environ[LOG_LEVEL]!r}: must be one of {', '.join(LEVELS)}")
+    return Settings(
+        enabled=_flag(environ, ENABLED, False),
+        only=frozenset(named) if named else None,
+        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not _flag(environ, name, True)),
+        config=DenseMixerConfig.from_environment(environ),
+        log_level=level,
+    )
+
+
+def known_model_types() -> set[str]:
+    """Those that transformers knows, and those that the running program has registered."""
+    from transformers import CONFIG_MAPPING
+
+    return set(CONFIG_MAPPING)
+
+
+def patch_modeling_utils(module: Any) -> None:
+    """Attach to each model that ``PreTrainedModel`` loads, as the last step of its loading."""
+    model_class = module.PreTrainedModel
+    for name in ("from_pretrained", "_from_config"):
+        setattr(model_class, name, classmethod(_attaching(getattr(model_class, name).__func__)))
+
+
+def _attaching(load: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(load)
+    def load_and_attach(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if _loading.get():  # a part of a model that is being loaded
+            return load(cls, *args, **kwargs)
+        settings = read_settings()  # a wrong value is an error before minutes of loading
+        if settings.log_level:
+            logger.setLevel(settings.log_level)
+        token = _loading.set(True)
+        try:
+            result = load(cls, *args, **kwargs)
+        finally:
+            _loading.reset(token)
+        attach(result[0] if isinstance(result, tuple) else result, settings)
+        return result
+
+    return load_and_attach
+
+
+def attach(model: nn.Module, settings: Settings) -> None:
+    """Attach DenseMixer if the settings want it for this model and it has experts.
+
+    Raises:
+        UnsupportedModelError: It has experts that DenseMixer can't train. The message says how to leave it out.
+    """
+    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    if not settings.wants(model_type):
+        return
+    if not has_experts(model):
+        logger.info("%s=1: %s has no Mixture-of-Experts layers, so nothing is attached", ENABLED, type(model).__name__)
+        return
+    try:
+        apply_densemixer(model, settings.config).gives_way = True
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(
+            f"{ENABLED}=1: {error} To train other model types only, name them in {MODELS}."
+        ) from None
+
+
+def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    text = environ.get(name)
+    if text is None:
+        return default
+    if text.strip().lower() in TRUE:
+        return True
+    if text.strip().lower() in FALSE:
+        return False
+    raise ValueError(f"environment variable {name}={text!r}: must be 1 or 0")

@@ -1,0 +1,223 @@
+"""``DENSEMIXER_ENABLED=1`` and programs that know nothing of this package."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from installs import Environment, build_wheel
+
+pytest.importorskip("transformers", reason="needs transformers; run `nox -s llamafactory`")
+
+# Loads and trains what the cases say, each with some variables set. Of 8 experts, 4 can't be selected: their rows of
+# the router's weight get a gradient from DenseMixer alone.
+PROGRAM = """
+import json, logging, os, sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Qwen3MoeForCausalLM
+
+logging.basicConfig(level=logging.INFO, format="%(name)s|%(levelname)s|%(message)s")
+
+class Subclass(Qwen3MoeForCausalLM):
+    pass
+
+def load(how, folder):
+    config = AutoConfig.from_pretrained(folder)
+    if how == "from_config":
+        return AutoModelForCausalLM.from_config(config)
+    if how == "a subclass":
+        return Subclass.from_pretrained(folder)
+    if how == "the meta device":
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.to_empty(device="cpu")
+        model.load_state_dict(Qwen3MoeForCausalLM(config).state_dict())
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        return model
+    if how == "loading info":
+        return AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[0]
+    if how == "without a head":
+        return AutoModel.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+def train(how, folder):
+    model = load(how, folder).train()
+    gate = getattr(model, "model", model).layers[0].mlp.gate
+    with torch.no_grad():
+        gate.weight[1], gate.weight[3], gate.weight[4:] = -gate.weight[0], -gate.weight[2], 0
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=torch.arange(24).reshape(2, 12))[0].pow(2).sum().backward()
+    rows = gate.weight.grad.norm(dim=-1)
+    return (rows[4:].min() / rows.max()).item()
+
+results, inherited = [], dict(os.environ)
+for how, folder, variables in json.loads(sys.argv[1]):
+    os.environ.clear()
+    os.environ.update({**inherited, **variables})
+    try:
+        results.append(train(how, folder))
+    except ValueError as error:
+        results.append(str(error))
+print(json.dumps(results))
+"""
+HOWS = ("from_pretrained", "from_config", "a subclass", "the meta device", "loading info", "without a head")
+VARIABLES: dict[str, tuple[str, dict[str, str], bool]] = {
+    "qwen3 off": ("qwen3", {"DENSEMIXER_QWEN3": "0"}, False),
+    "others off": ("qwen3", {"DENSEMIXER_OLMOE": "0", "DENSEMIXER_QWEN2": "off"}, True),
+    "olmoe off": ("olmoe", {"DENSEMIXER_OLMOE": "0"}, False),
+    "olmoe": ("olmoe", {}, True),
+    "among models": ("qwen3", {"DENSEMIXER_MODELS": "olmoe, qwen3_moe"}, True),
+    "not among models": ("qwen3", {"DENSEMIXER_MODELS": "olmoe"}, False),
+    "conventional": ("qwen3", {"DENSEMIXER_ESTIMATOR": "conventional"}, False),
+    "another layer": ("qwen3", {"DENSEMIXER_LAYERS": "1"}, False),
+    "this layer": ("qwen3", {"DENSEMIXER_LAYERS": "0"}, True),
+}
+WRONG: dict[str, tuple[str, dict[str, str]]] = {
+    "environment variable DENSEMIXER_ENABLED='maybe': must be 1 or 0": ("qwen3", {"DENSEMIXER_ENABLED": "maybe"}),
+    "environment variable DENSEMIXER_QWEN3='no way': must be 1 or 0": ("qwen3", {"DENSEMIXER_QWEN3": "no way"}),
+    "environment variable DENSEMIXER_MODELS: qwen-3: no such model type": ("qwen3", {"DENSEMIXER_MODELS": "qwen-3"}),
+    "environment variable DENSEMIXER_ESTIMATOR='dense': estimator must be": (
+        "qwen3",
+        {"DENSEMIXER_ESTIMATOR": "dense"},
+    ),
+    "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of": ("qwen3", {"DENSEMIXER_LOG_LEVEL": "loud"}),
+    "layers=(9,): the model has 2 Mixture-of-Experts layers": ("qwen3", {"DENSEMIXER_LAYERS": "9"}),
+    "DENSEMIXER_ENABLED=1: model.layers.0.feed_forward (Llama4TextMoe): DenseMixer can't train it": ("llama4", {}),
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import transformers
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny = dict(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=16,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**tiny)).save_pretrained(folder / "qwen3")
+    transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**tiny)).save_pretrained(folder / "olmoe")
+    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**tiny)).save_pretrained(folder / "dense")
+    llama4 = transformers.Llama4TextConfig(
+        **{**tiny, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 16}, rope_parameters=None
+    )
+    transformers.Llama4ForCausalLM(llama4).save_pretrained(folder / "llama4")
+    return folder
+
+
+def program(
+    environment: Environment, checkpoints: Path, *cases: tuple[str, str, dict[str, str]], **variables: str
+) -> tuple[list[float | str], list[str]]:
+    """For each case how strongly the router learns from experts that are never selected; and what we logged."""
+    listed = json.dumps([(how, str(checkpoints / model), changed) for how, model, changed in cases])
+    done = environment.run(environment.python, "-c", PROGRAM, listed, **variables)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), [line for line in done.stderr.splitlines() if line.startswith("densemixer|")]
+
+
+@pytest.fixture(scope="module")
+def on(full: Environment, checkpoints: Path) -> dict[str, float | str]:
+    cases = [
+        *(("from_pretrained", *case) for case in WRONG.values()),
+        *(("from_pretrained", model, changed) for model, changed, _ in VARIABLES.values()),
+    ]
+    results, _ = program(full, checkpoints, *cases, DENSEMIXER_ENABLED="1")
+    return dict(zip([*WRONG, *VARIABLES], results, strict=True))
+
+
+def test_any_way_of_loading(full: Environment, checkpoints: Path) -> None:
+    results, lines = program(full, checkpoints, *((how, "qwen3", {}) for how in HOWS), DENSEMIXER_ENABLED="1")
+    for how, share, line in zip(HOWS, results, lines, strict=True):
+        assert share > 1e-3, how
+        assert line.startswith("densemixer|INFO|DenseMixer is attached to 2 layers of "), how
+        assert "(qwen3_moe): estimator densemixer, 4.92e-05 GFLOP more a token in the backward" in line
+
+
+@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": "0"}])
+def test_off(full: Environment, checkpoints: Path, variables: dict[str, str]) -> None:
+    (share,), lines = program(full, checkpoints, ("from_pretrained", "qwen3", {}), **variables)
+    assert share < 1e-6
+    assert not lines
+
+
+def test_an_editable_install(checkpoints: Path, tmp_path: Path) -> None:
+    environment = Environment.create(tmp_path / "editable")
+    environment.install(build_wheel(tmp_path, "editable"))
+    environment.borrow()
+    ((share,), _) = program(environment, checkpoints, ("from_pretrained", "qwen3", {}), DENSEMIXER_ENABLED="1")
+    assert share > 1e-3
+
+
+@pytest.mark.parametrize("case", VARIABLES)
+def test_variables(on: dict[str, float], case: str) -> None:
+    assert on[case] > 1e-3 if VARIABLES[case][2] else on[case] < 1e-6
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_what_is_wrong_is_an_error(on: dict[str, str], message: str) -> None:
+    assert message in on[message]
+
+
+def test_a_refused_model_says_how_to_leave_it_out(on: dict[str, str]) -> None:
+    assert "name them in DENSEMIXER_MODELS" in on[list(WRONG)[-1]]
+
+
+def test_a_dense_model_is_left_alone(full: Environment, checkpoints: Path) -> None:
+    code = (
+        "import sys, logging; logging.basicConfig(level=logging.INFO); from transformers import AutoModelForCausalLM; "
+        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    )
+    done = full.run(full.python, "-c", code, checkpoints / "dense", DENSEMIXER_ENABLED="1")
+    assert done.returncode == 0
+    assert "Qwen3ForCausalLM has no Mixture-of-Experts layers, so nothing is attached" in done.stderr
+
+
+def test_an_explicit_call_takes_its_place(full: Environment, checkpoints: Path) -> None:
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM\n"
+        "from densemixer_core import DenseMixerConfig\n"
+        "from densemixer_adapters.transformers import apply_densemixer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "with apply_densemixer(model, DenseMixerConfig('centered', layers=[1])) as handle: print(len(handle.layers))\n"
+        "print(sum(len(module._forward_hooks) for module in model.modules()))"
+    )
+    done = full.run(full.python, "-c", code, checkpoints / "qwen3", DENSEMIXER_ENABLED="1")
+    assert (done.returncode, done.stdout) == (0, "1\n0\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "lines"), [({}, 1), ({"RANK": "1"}, 0), ({"DENSEMIXER_LOG_LEVEL": "warning"}, 0)]
+)
+def test_children_inherit_it_and_only_the_first_rank_speaks(
+    full: Environment, checkpoints: Path, variables: dict[str, str], lines: int
+) -> None:
+    cases = json.dumps([("from_pretrained", str(checkpoints / "qwen3"), {})])
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {PROGRAM!r}, sys.argv[1]], check=True)"
+    done = full.run(full.python, "-c", code, cases, DENSEMIXER_ENABLED="1", **variables)
+    assert json.loads(done.stdout)[0] > 1e-3
+    assert done.stderr.count("densemixer|") == lines
+
+
+def test_a_program_without_transformers_imports_nothing_more(bare: Environment) -> None:
+    code = "import sys; print(sorted(name for name in sys.modules if 'densemixer' in name or name == 'torch'))"
+    done = bare.run(bare.python, "-c", code, DENSEMIXER_ENABLED="1")
+    assert done.stdout == "['densemixer_adapters', 'densemixer_adapters._boot']\n"
+
+
+def test_transformers_imports_nothing_of_ours_where_it_is_off(full: Environment) -> None:
+    ours = "[name for name in sys.modules if name.startswith('densemixer')]"
+    done = full.run(full.python, "-c", f"import sys, transformers.modeling_utils; print({ours})")
+    assert done.stdout == "['densemixer_adapters', 'densemixer_adapters._boot']\n"
