@@ -104,7 +104,7 @@ def test_inner_products_in_every_dtype_and_memory_bound(case: Case, dtype: torch
         exact = Layer(case, dtype)
         exact.weights = type(layer.weights)(*(None if w is None else w.double() for w in layer.weights))
         x, g = layer.x.double(), layer.g.double()
-        truth = torch.stack([(exact.expert(j, x) * g).sum(-1) for j in range(case.experts)], 1)
+        truth = torch.stack([(exact.expert(j, x) * g).sum(-1) for j in range(case.scored)], 1)
     assert ours.dtype == torch.float32
     assert ours.shape == (case.tokens, case.scored)
     # No worse than the obvious evaluation in the same dtype by more than a few roundings of the largest value.

@@ -97,6 +97,8 @@ def test_attaching_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     model = FAMILIES["qwen3_moe"].build()
     with apply_densemixer(model, DenseMixerConfig("centered")):
         gradients(model)
+    flop = 2 * 2 * sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
     assert [record.getMessage() for record in caplog.records] == [
-        "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (estimator centered)"
+        "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, "
+        f"{flop / 1e9:.3g} GFLOP more a token in the backward"
     ]
