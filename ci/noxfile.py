@@ -37,6 +37,11 @@ def install_editable(session: nox.Session) -> None:
     session.install("--no-deps", "--editable", str(ROOT))
 
 
+def install_deepspeed(session: nox.Session) -> None:
+    # Only a source distribution, whose setup imports torch; it compiles nothing before it is used.
+    session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""
@@ -64,10 +69,11 @@ def original(session: nox.Session) -> None:
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """The core and the transformers adapter, from an editable install (oldest version) and a wheel (newest)."""
+    """The core, the transformers adapter and ways of running; an editable install (oldest version), a wheel (newest)."""
     install(session, f"transformers-{pins}")
+    install_deepspeed(session)
     install_editable(session) if pins == "5.5.4" else install_wheel(session)
-    tests = session.posargs or ["tests/core", "tests/transformers", "tests/parity"]
+    tests = session.posargs or ["tests/core", "tests/transformers", "tests/parity", "tests/running"]
     session.run("pytest", *tests, env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
 
 
@@ -86,8 +92,7 @@ def llamafactory(session: nox.Session) -> None:
     session.chdir(ROOT)
     session.install("torch==2.13.0")
     session.install("--no-deps", "-r", str(CI / "environments" / "llamafactory.txt"))
-    # Only a source distribution, whose setup imports torch; it compiles nothing before it is used.
-    session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
     session.run(*PYTEST, *(session.posargs or ["tests/boot", "tests/deepspeed", "tests/llamafactory"]))

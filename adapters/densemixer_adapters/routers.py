@@ -140,8 +140,11 @@ CONVENTIONAL: dict[str, str] = {
 }
 """Routers of layers that train conventionally, as part of a model whose other layers don't, and why."""
 
-STACKED_WITHOUT_DECORATOR = ("LongcatFlashExperts", "Step3p7Experts")
-"""Experts laid out as the defaults of transformers' `use_experts_implementation` say, without being decorated by it."""
+STACKED_WITHOUT_DECORATOR = ("LigerExperts", "LongcatFlashExperts", "Step3p7Experts")
+"""Experts laid out as the defaults of transformers' `use_experts_implementation` say, without being decorated by it.
+
+Liger puts its own in the place of a model's if it is applied before the model is made.
+"""
 
 _INLINE = "it computes its experts inline, without a module `experts` that DenseMixer could follow"
 _SEPARATE = (

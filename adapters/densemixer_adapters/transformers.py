@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.routers import STACKED_WITHOUT_DECORATOR, Router, is_refused, left_to_the_host, router_of
@@ -377,6 +378,12 @@ def _find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMi
                 "Load the model with dequantize=True in its quantisation config or without quantising the experts, or "
                 "switch DenseMixer off."
             )
+        if _is_split(experts):
+            raise UnsupportedModelError(
+                f"{where}: transformers has split its experts between processes. DenseMixer doesn't work with the "
+                "tensor and expert parallelism of transformers yet; load the model without tp_plan, tp_size, ep_size "
+                "and enable_expert_parallel (DDP, FSDP and ZeRO work), or switch DenseMixer off."
+            )
         for hook in list(experts._forward_hooks.values()):
             attached = getattr(hook, "__self__", None)
             if isinstance(attached, DenseMixerLayer) and not attached.give_way():
@@ -399,6 +406,14 @@ def _unwrapped(module: nn.Module) -> Iterator[nn.Module]:
     yield from getattr(module, "modules_to_save", {}).values()
 
 
+def _is_split(experts: nn.Module) -> bool:
+    """Whether transformers' own tensor or expert parallelism has been applied. FSDP brings the whole weights back."""
+    if hasattr(experts, "_hf_tp_plan"):  # transformers 5.5, whose weights stay plain tensors
+        return True
+    meshes = (getattr(parameter, "device_mesh", None) for parameter in experts.parameters())
+    return any({"tp", "ep"} & set(getattr(mesh, "mesh_dim_names", None) or ()) for mesh in meshes)
+
+
 def _weight_names(experts: Any) -> tuple[str | None, ...]:
     """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
     up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
@@ -410,7 +425,7 @@ def _layout(experts: Any) -> ExpertLayout:
     """How to compute with the weights. Experts without transformers' decorator are laid out as its defaults say."""
     activation = getattr(experts, "_apply_gate", None) if getattr(experts, "has_gate", True) else experts.act_fn
     return ExpertLayout(
-        activation=activation or _gate_by(experts.act_fn),
+        activation=activation or _gate_by(getattr(experts, "act_fn", F.silu)),  # Liger's experts know no other
         transposed=getattr(experts, "is_transposed", False),
         post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
     )

@@ -4,6 +4,7 @@
     llamafactory-cli train full_sft.yaml $(cat tiny/sft)
 
 The files ``tiny/sft``, ``tiny/dpo`` and ``tiny/v1`` hold what to override in a YAML for it to run on a CPU in seconds.
+The examples of TRL and FSDP2 use ``tiny/model`` and ``tiny/data/chat.json``.
 """
 
 from __future__ import annotations
@@ -78,6 +79,8 @@ def main(folder: Path) -> None:
 
     data.mkdir(exist_ok=True)
     (data / "sft.json").write_text(json.dumps(rows))
+    chats = [[{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in rows]
+    (data / "chat.json").write_text(json.dumps([{"messages": chat} for chat in chats]))
     pairs = [{**row, "chosen": row["output"], "rejected": "I do not know."} for row in rows]
     (data / "dpo.json").write_text(json.dumps(pairs))
     columns = {"prompt": "instruction", "query": "input", "chosen": "chosen", "rejected": "rejected"}

@@ -1,0 +1,103 @@
+"""The matrix: ways of running, the variations of each, and the script that runs them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+REPORTS = HERE.parents[1] / "outputs" / "running"
+
+CHECKPOINTING = ("checkpointing non-reentrant", "checkpointing reentrant", "checkpointing selective")
+COMMON = ("plain", "gradient accumulation", *CHECKPOINTING)
+FSDP = (*COMMON, "routers and experts wrapped", "gpt-oss")
+HALF = ("plain", "checkpointing non-reentrant")
+TRAINER = ("plain", "gradient accumulation", "checkpointing")
+
+MATRIX: dict[str, dict[str, tuple[str, ...]]] = {
+    "one_process": {
+        "one process": (*COMMON, "activations on the CPU", "DeepSeek-V3"),
+        "bfloat16": HALF,
+        "autocast bfloat16": HALF,
+        "autocast float16, GradScaler": HALF,
+        "torch.compile": (
+            "plain",
+            "layer by layer",
+            "fullgraph after a step without",
+            *CHECKPOINTING[:2],
+            "inductor",
+            "gpt-oss",
+        ),
+        "Trainer": TRAINER,
+        "SFTTrainer": (*TRAINER, "packing"),
+        "DPOTrainer": TRAINER,
+        "GRPOTrainer": TRAINER,
+    },
+    "liger": {"Liger": ("rotary embedding and cross entropy", "and experts", "applied before the model is made")},
+    "two_ranks": {
+        "DDP": (*COMMON, "static graph", "find unused parameters"),
+        "FSDP1, use_orig_params=True": (*FSDP, "SHARD_GRAD_OP"),
+        "FSDP1, use_orig_params=False": (*FSDP, "SHARD_GRAD_OP"),
+        "FSDP1, bfloat16": ("plain",),
+        "FSDP2, reshard_after_forward=True": (*FSDP, "attached after it", "CPU offload"),
+        "FSDP2, reshard_after_forward=False": (*FSDP, "attached after it", "CPU offload"),
+        "FSDP2, bfloat16": HALF,
+        "FSDP2 of transformers (fsdp_size)": ("plain",),
+        "ZeRO-1": COMMON,
+        "ZeRO-2": (*COMMON, "optimizer on the CPU"),
+        "ZeRO-3": (*COMMON, "optimizer on the CPU", "parameters on the CPU", "without leaf modules", "gpt-oss"),
+        "refused": ("tensor parallelism", "expert parallelism", "tensor and expert parallelism"),
+    },
+}
+# Triton's kernels run on the CPU, without timing them for the best settings first.
+INTERPRETED = {"TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"}
+NOT_IN = {"5.5.4": {"FSDP2 of transformers (fsdp_size): plain", "refused: tensor and expert parallelism"}}
+
+
+def cells(script: str, version: str) -> list[str]:
+    names = [f"{way}: {variation}" for way, variations in MATRIX[script].items() for variation in variations]
+    return [name for name in names if name not in NOT_IN.get(version, ())]
+
+
+def installed() -> str:
+    return importlib.metadata.version("transformers")
+
+
+def report_of(script: str, version: str) -> Path:
+    return REPORTS / f"{version}-{script}.json"
+
+
+def run(script: str) -> dict[str, Any]:
+    """Run a script of this folder with the running Python. It leaves its report in ``outputs/running``."""
+    report = report_of(script, installed())
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.unlink(missing_ok=True)
+    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if script == "two_ranks" else []
+    done = subprocess.run(
+        [sys.executable, *ranks, str(HERE / f"{script}.py"), str(report)],
+        env=environment(**(INTERPRETED if script == "liger" else {})),
+        capture_output=True,
+        text=True,
+        timeout=570,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(report.read_text())
+
+
+def environment(**more: str) -> dict[str, str]:
+    tests = [str(HERE.parent), str(HERE.parent / "transformers")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*tests, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **more,
+    }

@@ -1,0 +1,149 @@
+"""What all ways of running share: one small model, one batch, the dense oracle's gradients of it, and how to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import oracle
+import torch
+from families import FAMILIES, Family, tokens
+from runs import loss_of, selections
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+FAMILY = FAMILIES["qwen3_moe"]
+TOLERANCE = 1e-5
+
+Gradients = dict[str, Tensor]
+Cells = dict[str, Callable[[], "Result | str"]]
+
+
+@dataclasses.dataclass
+class Result:
+    """Of one cell of the matrix.
+
+    Attributes:
+        error: The largest error of any parameter's gradient against the oracle in float64.
+        allowed: What the error must not exceed.
+        difference: The largest difference of a router's gradient from conventional training: DenseMixer was on.
+        more: What else a cell has to show.
+    """
+
+    error: float
+    allowed: float
+    difference: float
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def build(family: Family = FAMILY) -> Any:
+    return family.build()
+
+
+def batch() -> Tensor:
+    """Four sequences."""
+    return tokens(batch=4)
+
+
+def gradients_of(model: nn.Module) -> Gradients:
+    return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def selected(model: nn.Module, family: Family = FAMILY) -> list[Tensor]:
+    """The experts that the model selects for the batch, one tensor a layer."""
+    with selections(family, model) as indices, torch.no_grad():
+        loss_of(model, batch())
+    return indices
+
+
+def dense(model: nn.Module, indices: list[Tensor], estimator: str, family: Family = FAMILY) -> Gradients:
+    """The oracle's gradients of the batch in float64, in this process alone."""
+    with oracle.Float64():
+        truth = family.oracle(model, indices, estimator)
+        loss_of(truth, batch()).backward()
+    return gradients_of(truth)
+
+
+@functools.cache
+def truth(estimator: str, family: str = "qwen3_moe") -> Gradients:
+    model = FAMILIES[family].build()
+    return dense(model, selected(model, FAMILIES[family]), estimator, FAMILIES[family])
+
+
+def compare(gradients: Gradients, family: str = "qwen3_moe", **more: Any) -> Result:
+    """Gradients of the batch in float32."""
+    return judge(gradients, truth("densemixer", family), truth("conventional", family), **more)
+
+
+def judge(gradients: Gradients, truth: Gradients, conventional: Gradients, **more: Any) -> Result:
+    return Result(
+        worst(oracle.worst_error, gradients, truth),
+        TOLERANCE,
+        worst(oracle.relative_error, gradients, conventional, routers(conventional)),
+        more,
+    )
+
+
+def judge_half(gradients: Gradients, reference: Gradients, indices: list[Tensor], dtype: torch.dtype) -> Result:
+    """Gradients in half precision may be as wrong as those of a dense implementation in the same dtype.
+
+    Args:
+        gradients: Of the way of running.
+        reference: Of the oracle in the same dtype.
+        indices: The experts that were selected, one tensor a layer, in the order of the batch.
+        dtype: Half a precision.
+    """
+    model = build()
+    truth, conventional = (dense(model, indices, estimator) for estimator in ("densemixer", "conventional"))
+    allowed = 1.1 * worst(oracle.relative_error, reference, truth) + torch.finfo(dtype).eps
+    difference = worst(oracle.relative_error, gradients, conventional, routers(conventional))
+    return Result(worst(oracle.relative_error, gradients, truth), allowed, difference)
+
+
+def routers(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith((".gate.weight", ".router.weight"))]
+
+
+def worst(
+    error: Callable[[Tensor, Tensor], float], gradients: Gradients, truth: Gradients, names: Iterable[str] | None = None
+) -> float:
+    assert gradients.keys() == truth.keys(), gradients.keys() ^ truth.keys()
+    return max(error(gradients[name], truth[name]) for name in names or truth)
+
+
+def checkpoint(model: Any, kind: str) -> None:
+    """Switch gradient checkpointing on, as users of transformers do. Selective: matrix products of 2-D tensors are kept."""
+    if kind == "none":
+        return
+    options: dict[str, Any] = {"use_reentrant": kind == "reentrant"}
+    if kind == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_products)
+    model.gradient_checkpointing_enable(options)
+    model.enable_input_require_grads()
+
+
+def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run(cells: Cells, report: Path, write: bool = True) -> None:
+    """Run cells one after the other.
+
+    The report is JSON: for each cell its result, the message that it was refused with, or the error that stopped it.
+    """
+    results: dict[str, Any] = {}
+    for name, cell in cells.items():
+        try:
+            result = cell()
+            results[name] = {"refused": result} if isinstance(result, str) else dataclasses.asdict(result)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+        if write:
+            print(name, results[name].get("failed") or results[name], flush=True)
+            report.write_text(json.dumps(results))

@@ -1,0 +1,70 @@
+"""Ways of running: in each, the gradients are those of the dense oracle, or it is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import matrix
+import pytest
+import table
+from installs import is_installed
+
+CELLS = [(script, cell) for script in matrix.MATRIX for cell in matrix.cells(script, matrix.installed())]
+NEEDED = ("deepspeed", "trl", "liger-kernel", "triton")
+
+pytestmark = pytest.mark.skipif(
+    not all(map(is_installed, NEEDED)), reason=f"needs {', '.join(NEEDED)}; run `nox -s transformers`"
+)
+
+
+@functools.cache
+def report(script: str) -> dict[str, Any]:
+    return matrix.run(script)
+
+
+@pytest.mark.parametrize("script", matrix.MATRIX)
+def test_every_cell_has_run(script: str) -> None:
+    assert set(report(script)) == set(matrix.cells(script, matrix.installed()))
+
+
+@pytest.mark.parametrize(("script", "cell"), CELLS, ids=[cell for _, cell in CELLS])
+def test_cell(script: str, cell: str) -> None:
+    result = report(script)[cell]
+    assert "failed" not in result, result["failed"]
+    if cell.startswith("refused: "):
+        assert "the tensor and expert parallelism of transformers" in result["refused"]
+        return
+    assert result["error"] <= result["allowed"]
+    assert result["difference"] > 0.1  # else the cell could not tell DenseMixer from conventional training
+
+
+@pytest.mark.parametrize("variation", matrix.MATRIX["one_process"]["torch.compile"])
+def test_compiles_once(variation: str) -> None:
+    """Graphs after each of three steps: the first one checks the routing, so there may be a second set, then none."""
+    first, second, third = report("one_process")[f"torch.compile: {variation}"]["more"]["graphs"]
+    assert second == third
+    if variation in ("fullgraph after a step without", "inductor"):
+        assert first == second
+
+
+@pytest.mark.parametrize("variation", matrix.MATRIX["one_process"]["DPOTrainer"])
+def test_the_reference_model_of_dpo_is_left_alone(variation: str) -> None:
+    reference = report("one_process")[f"DPOTrainer: {variation}"]["more"]["reference"]
+    assert reference == {"changed": [], "gradients": [], "hooks": []}
+
+
+def test_the_table_of_the_readme_has_all_ways() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    for row in table.rows():
+        assert table.line(row[:2])[:-1] in readme
+
+
+def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "REPORTS", tmp_path)
+    cell = {"error": 2e-6, "allowed": 1e-5, "difference": 1.0}
+    (tmp_path / "9.0-liger.json").write_text(json.dumps({"Liger: a": cell, "Liger: b": {**cell, "error": 3e-6}}))
+    assert table.worst("Liger", "9.0") == "3.0e-06"
+    assert table.worst("DDP", "9.0") == "–"
