@@ -69,7 +69,7 @@ def original(session: nox.Session) -> None:
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """The core, the transformers adapter and ways of running; an editable install (oldest version), a wheel (newest)."""
+    """Core, transformers adapter and ways of running; installed editable (oldest version), as a wheel (newest)."""
     install(session, f"transformers-{pins}")
     install_deepspeed(session)
     install_editable(session) if pins == "5.5.4" else install_wheel(session)

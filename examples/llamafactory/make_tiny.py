@@ -79,7 +79,9 @@ def main(folder: Path) -> None:
 
     data.mkdir(exist_ok=True)
     (data / "sft.json").write_text(json.dumps(rows))
-    chats = [[{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in rows]
+    chats = [
+        [{"role": "user", "content": r["instruction"]}, {"role": "assistant", "content": r["output"]}] for r in rows
+    ]
     (data / "chat.json").write_text(json.dumps([{"messages": chat} for chat in chats]))
     pairs = [{**row, "chosen": row["output"], "rejected": "I do not know."} for row in rows]
     (data / "dpo.json").write_text(json.dumps(pairs))

@@ -1,4 +1,6 @@
-"""Runs Liger's kernels on the CPU, in Triton's interpreter. Usage: TRITON_INTERPRET=1 LIGER_FUSED_MOE_AUTOTUNE=0 liger.py REPORT.
+"""Runs Liger's kernels on the CPU, in Triton's interpreter.
+
+Usage: TRITON_INTERPRET=1 LIGER_FUSED_MOE_AUTOTUNE=0 liger.py REPORT.
 
 Its RMSNorm asks for what the interpreter doesn't have, so it is left out.
 """

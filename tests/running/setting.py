@@ -1,4 +1,4 @@
-"""What all ways of running share: one small model, one batch, the dense oracle's gradients of it, and how to compare."""
+"""What all ways of running share: a small model, a batch, the dense oracle's gradients of it, and how to compare."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def worst(
 
 
 def checkpoint(model: Any, kind: str) -> None:
-    """Switch gradient checkpointing on, as users of transformers do. Selective: matrix products of 2-D tensors are kept."""
+    """As users of transformers switch it on. Selective: the products of two-dimensional matrices are kept."""
     if kind == "none":
         return
     options: dict[str, Any] = {"use_reentrant": kind == "reentrant"}
