@@ -59,7 +59,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers, one with an unknown router, or one whose
-            experts don't follow the contract of transformers 5.
+            experts don't follow the contract of transformers 5, or are split by its tensor or expert parallelism.
         ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.
     """

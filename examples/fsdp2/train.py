@@ -1,6 +1,6 @@
 """A plain training loop with FSDP2, where the routers learn from all experts.
 
-torchrun --nproc-per-node 8 train.py --output out
+torchrun --standalone --nproc-per-node 8 train.py --output out
 """
 
 from __future__ import annotations
