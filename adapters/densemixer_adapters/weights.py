@@ -72,4 +72,7 @@ def _compute(steps: Sequence[Sequence[_Step]], sources: ExpertWeights) -> Expert
 
 
 def _is_torchao(weight: Tensor) -> bool:
+    # The plain kinds first: torch.compile can't trace the name of a class's module.
+    if type(weight) in (Tensor, nn.Parameter):
+        return False
     return type(weight).__module__.partition(".")[0] == "torchao"
