@@ -74,7 +74,7 @@ def transformers(session: nox.Session, pins: str) -> None:
     install_deepspeed(session)
     install_editable(session) if pins == "5.5.4" else install_wheel(session)
     tests = session.posargs or ["tests/core", "tests/transformers", "tests/parity", "tests/running"]
-    session.run("pytest", *tests, env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
+    session.run(*PYTEST, *tests, env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
 
 
 # torchaudio, which LLaMA-Factory imports, does without its compiled libraries if they aren't there; they need CUDA.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import matrix
+import matrix_table
 import pytest
-import table
 from installs import is_installed
 
 CELLS = [(script, cell) for script in matrix.MATRIX for cell in matrix.cells(script, matrix.installed())]
@@ -58,13 +58,13 @@ def test_the_reference_model_of_dpo_is_left_alone(variation: str) -> None:
 
 def test_the_table_of_the_readme_has_all_ways() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for row in table.rows():
-        assert table.line(row[:2])[:-1] in readme
+    for row in matrix_table.rows():
+        assert matrix_table.line(row[:2])[:-1] in readme
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "REPORTS", tmp_path)
     cell = {"error": 2e-6, "allowed": 1e-5, "difference": 1.0}
     (tmp_path / "9.0-liger.json").write_text(json.dumps({"Liger: a": cell, "Liger: b": {**cell, "error": 3e-6}}))
-    assert table.worst("Liger", "9.0") == "3.0e-06"
-    assert table.worst("DDP", "9.0") == "–"
+    assert matrix_table.worst("Liger", "9.0") == "3.0e-06"
+    assert matrix_table.worst("DDP", "9.0") == "–"

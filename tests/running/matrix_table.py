@@ -1,7 +1,7 @@
 """Print the matrix as a table: the worst error of each way of running, from the reports of the last tests.
 
 .venv/bin/nox -f ci/noxfile.py -s transformers -- tests/running
-python tests/running/table.py
+python tests/running/matrix_table.py
 """
 
 from __future__ import annotations
