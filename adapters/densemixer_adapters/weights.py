@@ -34,6 +34,8 @@ def why_unreadable(experts: nn.Module, names: Sequence[str | None]) -> str | Non
         weight = getattr(experts, name)
         if weight.dtype not in FLOATS:
             return f"`{name}` is quantised to {str(weight.dtype).removeprefix('torch.')}"
+        if hasattr(experts, f"{name}_scale_inv"):  # FP8 of transformers 5.5, before the weights are loaded
+            return f"`{name}` is quantised, with scales beside it"
         if _is_torchao(weight) and (type(weight).__name__ != "Int8Tensor" or weight.act_quant_kwargs is not None):
             return f"`{name}` is quantised by torchao ({type(weight).__name__}) other than to int8, weights only"
     return None

@@ -267,9 +267,7 @@ def test_fp8_experts_are_refused() -> None:
     with torch.device("meta"):
         model = transformers.Qwen3MoeForCausalLM(FAMILIES["qwen3_moe"].build().config)
     model = replace_with_fp8_linear(model, quantization_config=transformers.FineGrainedFP8Config())
-    with pytest.raises(
-        UnsupportedModelError, match=r"\(FP8Experts\), `gate_up_proj` is quantised to float8_e4m3fn.*dequantize=True"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"\(FP8Experts\), `gate_up_proj` is quantised.*dequantize=True"):
         apply_densemixer(model)
 
 
