@@ -129,4 +129,4 @@ def test_the_models_reach_all_experts_and_all_declarations() -> None:
     if transformers.__version__ == "5.5.4":
         assert reached >= ONLY_IN_OLDEST
     else:
-        assert reached >= declared
+        assert declared - reached == {"LigerExperts"}  # not of transformers; `tests/running` reaches them
