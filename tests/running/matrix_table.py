@@ -1,4 +1,4 @@
-"""Print the matrix as a table: the worst error of each way of running, from the reports of the last tests.
+"""Print the matrix as tables: the worst error of each way of running, and that of each cell, in the last reports.
 
 .venv/bin/nox -f ci/noxfile.py -s transformers -- tests/running
 python tests/running/matrix_table.py
@@ -18,16 +18,26 @@ def rows() -> Iterator[tuple[str, ...]]:
     for ways in matrix.MATRIX.values():
         for way, variations in ways.items():
             if way != "refused":
-                yield way, ", ".join(variations), *(worst(way, version) for version in VERSIONS)
+                yield way, ", ".join(variations), *(worst(f"{way}: ", version) for version in VERSIONS)
 
 
-def worst(way: str, version: str) -> str:
-    """The largest error of a way's variations; of those in half precision with what was allowed."""
+def cell_rows() -> Iterator[tuple[str, ...]]:
+    for ways in matrix.MATRIX.values():
+        for way, variations in ways.items():
+            for variation in variations if way != "refused" else ():
+                yield way, variation, *(worst(f"{way}: {variation}", version, exactly=True) for version in VERSIONS)
+
+
+def worst(name: str, version: str, exactly: bool = False) -> str:
+    """The largest error of the cells with this name or, if not exactly, whose names start with it.
+
+    In half precision, with what was allowed.
+    """
     found = [
         result
         for report in matrix.REPORTS.glob(f"{version}-*.json")
         for cell, result in json.loads(report.read_text()).items()
-        if cell.startswith(f"{way}: ")
+        if (cell == name if exactly else cell.startswith(name))
     ]
     if not found:
         return "–"
@@ -42,11 +52,18 @@ def line(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    print(line(["Way", "Variations", *(f"transformers {version}" for version in VERSIONS)]))
+def print_table(second: str, rows: Iterator[tuple[str, ...]]) -> None:
+    print(line(["Way", second, *(f"transformers {version}" for version in VERSIONS)]))
     print("|---|---|---|---|")
-    for row in rows():
+    for row in rows:
         print(line(row))
+
+
+def main() -> None:
+    print_table("Variations", rows())
+    print("\n<details><summary>Each cell</summary>\n")
+    print_table("Variation", cell_rows())
+    print("\n</details>")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,9 @@ def test_the_reference_model_of_dpo_is_left_alone(variation: str) -> None:
     assert reference == {"changed": [], "gradients": [], "hooks": []}
 
 
-def test_the_table_of_the_readme_has_all_ways() -> None:
+def test_the_tables_of_the_readme_have_all_ways_and_cells() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
-    for row in matrix_table.rows():
+    for row in [*matrix_table.rows(), *matrix_table.cell_rows()]:
         assert matrix_table.line(row[:2])[:-1] in readme
 
 
@@ -66,5 +66,6 @@ def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "REPORTS", tmp_path)
     cell = {"error": 2e-6, "allowed": 1e-5, "difference": 1.0}
     (tmp_path / "9.0-liger.json").write_text(json.dumps({"Liger: a": cell, "Liger: b": {**cell, "error": 3e-6}}))
-    assert matrix_table.worst("Liger", "9.0") == "3.0e-06"
-    assert matrix_table.worst("DDP", "9.0") == "–"
+    assert matrix_table.worst("Liger: ", "9.0") == "3.0e-06"
+    assert matrix_table.worst("Liger: a", "9.0", exactly=True) == "2.0e-06"
+    assert matrix_table.worst("DDP: ", "9.0") == "–"
