@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -36,6 +36,96 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the repor
             if check.fix:
                 typer.echo(f"{'':{8 + width}}  fix: {check.fix}")
     if any(check.state == "problem" for check in checks):
+        raise typer.Exit(1)
+
+
+Checkpoint = Annotated[str, typer.Argument(metavar="PATH_OR_ID", help="Folder of a checkpoint, or its id on the hub.")]
+
+
+@app.command()
+def inspect(
+    checkpoint: Checkpoint, as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False
+) -> None:
+    """Say what DenseMixer would do with a model: its layers, experts and routers, and how to train these with LoRA.
+
+    Reads the configuration alone, no weights. The exit status is 1 if the model isn't supported, 2 if it can't be read.
+    """
+    from densemixer_adapters.inspection import inspect_model
+
+    report = inspect_model(_build(checkpoint))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
+    elif not report.supported:
+        typer.echo(f"{report.model} ({report.model_type}): not supported\n{report.reason}")
+    else:
+        weights = "renormalised over the selected experts" if report.renormalised else "not renormalised"
+        typer.echo(
+            f"{report.model} ({report.model_type}): supported\n"
+            f"layers           {len(report.layers)}: {report.layers[0]} to {report.layers[-1]}\n"
+            f"experts          {report.experts}, of which a token goes through {report.selected}\n"
+            f"router           {report.router}: {report.score}, {weights}\n"
+            f"LoRA             modules_to_save={list(report.modules_to_save)} trains the routers in full,\n"
+            f"                 target_parameters={list(report.target_parameters)} through an adapter"
+        )
+    if not report.supported:
+        raise typer.Exit(1)
+
+
+@app.command()
+def cost(
+    checkpoint: Checkpoint,
+    sequence: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 4096,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Estimate what DenseMixer costs for a model: operations, bytes kept, and a step's time over a conventional one's.
+
+    Reads the configuration alone. The formulas are in densemixer_adapters/inspection.py. The exit status is 1 if the
+    model isn't supported, 2 if it can't be read.
+    """
+    from densemixer_adapters.inspection import estimate
+    from densemixer_adapters.transformers import UnsupportedModelError
+
+    try:
+        found = estimate(_build(checkpoint), sequence)
+    except UnsupportedModelError as error:
+        typer.echo(f"densemixer cost: {error}", err=True)
+        raise typer.Exit(1) from None
+    ratios = {"step_time": found.ratio(), "step_time_checkpointed": found.ratio(checkpointed=True)}
+    if as_json:
+        typer.echo(json.dumps({**dataclasses.asdict(found), **ratios}, indent=2))
+        return
+    typer.echo(
+        f"a token, in sequences of {sequence}:              without checkpointing   with gradient checkpointing\n"
+        f"conventional step            {3e-9 * found.forward:15.4g} GFLOP {4e-9 * found.forward:21.4g} GFLOP\n"
+        f"DenseMixer adds              {1e-9 * found.extra:15.4g} GFLOP {1e-9 * found.extra:21.4g} GFLOP\n"
+        f"step, at the same speed      {found.ratio():15.2f} times {found.ratio(True):21.2f} times\n"
+        f"kept until the backward      {found.saved:15d} bytes {found.saved_checkpointed:21d} bytes"
+    )
+
+
+def _build(checkpoint: str) -> Any:
+    from densemixer_adapters.inspection import build_empty
+
+    try:
+        return build_empty(checkpoint)
+    except (OSError, ValueError) as error:
+        typer.echo(f"densemixer: can't read the configuration of {checkpoint}: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def setup() -> None:
+    """Say how DenseMixer starts. The original had to be set up by this command; here there is nothing to do."""
+    if _boot.is_live():
+        typer.echo(
+            "Nothing to set up: the hook runs in every Python process of this environment. Set DENSEMIXER_ENABLED=1, "
+            "or use your framework's own switch."
+        )
+    else:
+        typer.echo(
+            "The hook doesn't run in this environment. `densemixer doctor` says why; `densemixer run -- COMMAND` "
+            "starts a command with it."
+        )
         raise typer.Exit(1)
 
 

@@ -143,6 +143,7 @@ class DenseMixerLayer:
         block: The module that owns router and experts.
         router_name: The router's name in the model, e.g. ``model.layers.0.mlp.gate``.
         experts: The module with the stacked weights.
+        renormalised: Whether the selected experts' scores are divided by their sum.
         observe: None, or a function of the scores, [tokens, experts], and the experts' input, [..., hidden]. What it
             returns takes the place of the scores for DenseMixer alone, so the gradient that comes back there is the one
             that DenseMixer adds.
@@ -157,7 +158,7 @@ class DenseMixerLayer:
         self.experts = experts
         self.observe: Callable[[Tensor, Tensor], Tensor] | None = None
         self._router = spec
-        self._renormalised = spec.is_renormalised([_unwrap(self.router), block])
+        self.renormalised = spec.is_renormalised([_unwrap(self.router), block])
         self._config = config
         self._arguments = list(inspect.signature(type(experts).forward).parameters)[1:4]
         self._hooks: list[RemovableHandle] = []
@@ -271,7 +272,7 @@ class DenseMixerLayer:
             index=index,
             weights=weights,
             experts=stacked,
-            renormalised=self._renormalised,
+            renormalised=self.renormalised,
             config=self._config,
         )
 
@@ -316,7 +317,7 @@ class DenseMixerLayer:
 
     def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
         try:
-            check_routing(scores, index, weights, self._renormalised)
+            check_routing(scores, index, weights, self.renormalised)
         except RoutingMismatchError as error:
             self._gives_probabilities = None
             raise RoutingMismatchError(

@@ -1,0 +1,165 @@
+"""What DenseMixer would do with a model and what that costs, from its configuration alone: no weights are read.
+
+Floating-point operations a token, with two for each multiplication and addition of a matrix product:
+
+- forward F = 2·(parameters of the matrices that a token goes through) + attention. A token goes through k of a layer's
+  E experts; attention is 4·(T/2)·heads·head_dim a layer for sequences of T tokens, causal.
+- conventional training: 3·F, or 4·F with gradient checkpointing.
+- DenseMixer, in the backward: X = 2·(parameters of all experts of its layers), the up projection of x and the down
+  projection of g.
+
+So a step takes 1 + X / 3F (or 4F) times as long where all matrix products run equally fast. Norms and activation
+functions are left out on both sides; attention counts as full where it slides or is linear.
+
+Bytes kept from the forward to the backward, a token: 4·(E + k + 1) for each of its layers, for the scores, the selected
+weights and their scale; with gradient checkpointing for one layer at a time. The option `workspace_mb` bounds the
+temporaries of the backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer
+from densemixer_core import DenseMixerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What `inspect_model` found.
+
+    Args:
+        model: The class of the model.
+        model_type: Its configuration's.
+        supported: Whether DenseMixer can train it.
+        reason: Why not; empty if it can.
+        layers: The names of the Mixture-of-Experts layers.
+        router: The class of their routers.
+        score: The function that makes scores of a router's logits.
+        renormalised: Whether the selected experts' scores are divided by their sum.
+        experts: How many experts a layer has.
+        selected: How many of them a token goes through.
+        modules_to_save: PEFT's setting that trains the routers in full beside LoRA.
+        target_parameters: PEFT's setting that puts LoRA on the routers.
+    """
+
+    model: str
+    model_type: str
+    supported: bool
+    reason: str = ""
+    layers: tuple[str, ...] = ()
+    router: str = ""
+    score: str = ""
+    renormalised: bool = False
+    experts: int = 0
+    selected: int = 0
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one token of a training step costs.
+
+    Args:
+        forward: Floating-point operations of the model's forward.
+        extra: Those that DenseMixer adds to the backward.
+        saved: Bytes that DenseMixer keeps until then.
+        saved_checkpointed: The same with gradient checkpointing.
+    """
+
+    forward: float
+    extra: float
+    saved: int
+    saved_checkpointed: int
+
+    def ratio(self, checkpointed: bool = False) -> float:
+        """The operations of a training step over those of a conventional one."""
+        return 1 + self.extra / ((4 if checkpointed else 3) * self.forward)
+
+
+def build_empty(path: str) -> Any:
+    """The language model of a checkpoint's folder or hub id, on the meta device.
+
+    Raises:
+        OSError: There is no configuration.
+        ValueError: transformers doesn't know the model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def inspect_model(model: Any) -> Report:
+    """Look at a model, which may be on the meta device."""
+    name, model_type = type(model).__name__, model.config.model_type
+    try:
+        layers = _layers(model)
+    except UnsupportedModelError as error:
+        return Report(name, model_type, False, str(error))
+    first = layers[0]
+    router = ".".join(first.router_name.split(".")[-2:])
+    return Report(
+        name,
+        model_type,
+        True,
+        layers=tuple(layer.name for layer in layers),
+        router=type(first.router).__name__,
+        score=first.score,
+        renormalised=first.renormalised,
+        experts=first.matrices[0][0],
+        selected=selected(model, first),
+        modules_to_save=(router,),
+        target_parameters=tuple(f"{router}.{name}" for name, p in first.router.named_parameters() if p.dim() == 2),
+    )
+
+
+def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) -> Cost:
+    """The cost of training a model, which may be on the meta device, with sequences of that many tokens.
+
+    Raises:
+        UnsupportedModelError: DenseMixer can't train it.
+        ValueError: The options select layers that it doesn't have.
+    """
+    layers = _layers(model)
+    share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in layers}
+    forward = _attention(model, sequence)
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding):
+            matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+            forward += 2 * matrices * share.get(id(module), 1.0)
+    options = config or DenseMixerConfig()
+    trained = [layers[position] for position in options.positions(len(layers))]
+    if options.estimator == "conventional":
+        return Cost(forward, 0.0, 0, 0)
+    extra = sum(2 * math.prod(shape) for layer in trained for shape in layer.matrices)
+    saved = [4 * (layer.matrices[0][0] + selected(model, layer) + 1) for layer in trained]
+    return Cost(forward, float(extra), sum(saved), max(saved))
+
+
+def selected(model: Any, layer: DenseMixerLayer) -> int:
+    """How many experts a token of a layer goes through."""
+    for owner in (layer.router, layer.block):
+        for name in ("top_k", "num_experts_per_tok"):
+            if isinstance(value := getattr(owner, name, None), int):
+                return value
+    return int(model.config.get_text_config().num_experts_per_tok)
+
+
+def _layers(model: nn.Module) -> list[DenseMixerLayer]:
+    with apply_densemixer(model) as handle:
+        return handle.layers
+
+
+def _attention(model: Any, sequence: int) -> float:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return float(config.num_hidden_layers * 4 * (sequence / 2) * heads * head_dim)

@@ -1,0 +1,139 @@
+"""``densemixer inspect`` and ``densemixer cost``: from a configuration alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from typer.testing import CliRunner
+
+from densemixer_adapters.cli import app
+from densemixer_adapters.inspection import build_empty, estimate
+from densemixer_adapters.transformers import apply_densemixer
+from densemixer_core import DenseMixerConfig
+
+# Qwen3-30B-A3B's.
+LARGE = dict(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    moe_intermediate_size=768,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+    tie_word_embeddings=False,
+)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("large")
+    transformers.Qwen3MoeConfig(**LARGE).save_pretrained(folder)
+    return folder
+
+
+def run(*arguments: object) -> tuple[int, Any]:
+    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    return done.exit_code, json.loads(done.stdout)
+
+
+def test_inspect(large: Path) -> None:
+    status, report = run("inspect", large)
+    assert status == 0
+    assert report.pop("layers") == [f"model.layers.{i}.mlp" for i in range(48)]
+    assert report == {
+        "model": "Qwen3MoeForCausalLM",
+        "model_type": "qwen3_moe",
+        "supported": True,
+        "reason": "",
+        "router": "Qwen3MoeTopKRouter",
+        "score": "softmax",
+        "renormalised": True,
+        "experts": 128,
+        "selected": 8,
+        "modules_to_save": ["mlp.gate"],
+        "target_parameters": ["mlp.gate.weight"],
+    }
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inspect_says_what_is_true(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model: Any = family.build()
+    model.config.save_pretrained(tmp_path)
+    status, report = run("inspect", tmp_path)
+    assert status == 0
+    with apply_densemixer(model) as handle, torch.no_grad():
+        assert report["layers"] == [layer.name for layer in handle.layers]
+    block = family.blocks(model)[0]
+    assert report["experts"] == block.experts.num_experts
+    assert report["selected"] == model.config.num_experts_per_tok
+    assert report["renormalised"] == family.renormalised
+    parameters = dict(block.named_parameters())
+    assert all(name.partition(".")[2] in parameters for name in report["target_parameters"])
+    assert all(hasattr(block, name.partition(".")[2]) for name in report["modules_to_save"])
+
+
+def test_a_model_that_is_not_supported(tmp_path: Path) -> None:
+    transformers.Qwen3Config(hidden_size=32, num_hidden_layers=2, vocab_size=64).save_pretrained(tmp_path)
+    status, report = run("inspect", tmp_path)
+    assert status == 1
+    assert not report["supported"]
+    assert "no Mixture-of-Experts layers" in report["reason"]
+    done = CliRunner().invoke(app, ["cost", str(tmp_path)])
+    assert done.exit_code == 1
+    assert "no Mixture-of-Experts layers" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "cost"])
+def test_nothing_to_read(command: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [command, str(tmp_path)])
+    assert done.exit_code == 2
+    assert f"can't read the configuration of {tmp_path}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("tokens", "ratio", "checkpointed"),
+    [(4096, 3.5, 2.9), (40960, 1.9, 1.7)],  # the README's
+)
+def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> None:
+    status, found = run("cost", large, "--seq-len", tokens)
+    assert status == 0
+    d, f, e, k, layers, v = 2048, 768, 128, 8, 48, 151936
+    attention = 4 * d * (32 + 4) * 128 + 4 * (tokens / 2) * 32 * 128
+    forward = layers * (attention + 2 * d * e + k * 6 * d * f) + 2 * d * v
+    assert found["forward"] == pytest.approx(forward, rel=1e-9)
+    assert found["extra"] == layers * e * 6 * d * f
+    assert found["saved"] == layers * 4 * (e + k + 1)
+    assert found["saved_checkpointed"] == 4 * (e + k + 1)
+    assert round(found["step_time"], 1) == ratio
+    assert round(found["step_time_checkpointed"], 1) == checkpointed
+
+
+def test_options_count(large: Path) -> None:
+    model = build_empty(str(large))
+    whole, half = estimate(model, 4096), estimate(model, 4096, DenseMixerConfig(layers="24:"))
+    assert half.forward == whole.forward
+    assert half.extra == whole.extra / 2
+    assert half.saved == whole.saved / 2
+    assert estimate(model, 4096, DenseMixerConfig("conventional")).ratio() == 1
+
+
+@pytest.mark.parametrize("command", ["inspect", "cost"])
+def test_the_report_for_people(command: str, large: Path) -> None:
+    done = CliRunner().invoke(app, [command, str(large)])
+    assert done.exit_code == 0
+    words = {
+        "inspect": ["supported", "48", "128", "softmax", "mlp.gate"],
+        "cost": ["3.51 times", "2.88 times", "26304"],
+    }
+    assert all(word in done.stdout for word in words[command])
