@@ -69,12 +69,16 @@ def original(session: nox.Session) -> None:
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """Core, transformers adapter and ways of running; installed editable (oldest version), as a wheel (newest)."""
+    """Core, transformers adapter, ways of running: oldest version, editable; newest, from a wheel, and the demo."""
     install(session, f"transformers-{pins}")
     install_deepspeed(session)
-    install_editable(session) if pins == "5.5.4" else install_wheel(session)
-    tests = session.posargs or ["tests/core", "tests/transformers", "tests/parity", "tests/running"]
-    session.run(*PYTEST, *tests, env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
+    tests = ["tests/core", "tests/transformers", "tests/parity", "tests/running"]
+    if pins == "5.5.4":
+        install_editable(session)
+    else:
+        install_wheel(session)
+        tests.append("tests/demo")
+    session.run(*PYTEST, *(session.posargs or tests), env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
 
 
 # torchaudio, which LLaMA-Factory imports, does without its compiled libraries if they aren't there; they need CUDA.
