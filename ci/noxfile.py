@@ -7,6 +7,7 @@ arguments after `--` go to pytest. `ci/pin.sh` writes the files in `environments
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nox
 
@@ -22,24 +23,29 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
 
+def pip_install(session: nox.Session, *arguments: str, **options: Any) -> None:
+    """Without compiling all of a package to bytecode, which takes as long as the rest and is mostly never imported."""
+    session.install("--no-compile", *arguments, **options)
+
+
 def install(session: nox.Session, environment: str) -> None:
     """Install a pinned environment. torch comes first and alone, so that nothing else chooses its build."""
     session.chdir(ROOT)
-    session.install("torch==2.13.0")
-    session.install("-r", str(CI / "environments" / f"{environment}.txt"))
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "-r", str(CI / "environments" / f"{environment}.txt"))
 
 
 def install_wheel(session: nox.Session) -> None:
-    session.install("--no-deps", "--force-reinstall", str(ROOT))
+    pip_install(session, "--no-deps", "--force-reinstall", str(ROOT))
 
 
 def install_editable(session: nox.Session) -> None:
-    session.install("--no-deps", "--editable", str(ROOT))
+    pip_install(session, "--no-deps", "--editable", str(ROOT))
 
 
 def install_deepspeed(session: nox.Session) -> None:
     # Only a source distribution, whose setup imports torch; it compiles nothing before it is used.
-    session.install("--no-deps", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
+    pip_install(session, "--no-deps", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
 
 
 @nox.session
@@ -55,7 +61,7 @@ def lint(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """The wheel, and both ways of installing."""
     session.chdir(ROOT)
-    session.install("-r", str(CI / "environments" / "package.txt"))
+    pip_install(session, "-r", str(CI / "environments" / "package.txt"))
     session.run("pytest", "tests/packaging", *session.posargs)
 
 
@@ -94,8 +100,8 @@ if not torch.cuda.is_available():
 def llamafactory(session: nox.Session) -> None:
     """LLaMA-Factory and DeepSpeed, the start-up hook, and the command line."""
     session.chdir(ROOT)
-    session.install("torch==2.13.0")
-    session.install("--no-deps", "-r", str(CI / "environments" / "llamafactory.txt"))
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "llamafactory.txt"))
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
