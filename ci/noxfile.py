@@ -28,11 +28,12 @@ def pip_install(session: nox.Session, *arguments: str, **options: Any) -> None:
     session.install("--no-compile", *arguments, **options)
 
 
-def install(session: nox.Session, environment: str) -> None:
+def install(session: nox.Session, environment: str, compiled: bool = False) -> None:
     """Install a pinned environment. torch comes first and alone, so that nothing else chooses its build."""
     session.chdir(ROOT)
     pip_install(session, "torch==2.13.0")
-    pip_install(session, "-r", str(CI / "environments" / f"{environment}.txt"))
+    requirements = ("-r", str(CI / "environments" / f"{environment}.txt"))
+    session.install(*requirements) if compiled else pip_install(session, *requirements)
 
 
 def install_wheel(session: nox.Session) -> None:
@@ -111,7 +112,7 @@ def llamafactory(session: nox.Session) -> None:
 @nox.session
 def verl(session: nox.Session) -> None:
     """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU."""
-    install(session, "verl")
+    install(session, "verl", compiled=True)  # Ray gives its own processes 15 seconds to start
     install_editable(session)
     session.run(*PYTEST, *(session.posargs or ["tests/verl"]))
 
