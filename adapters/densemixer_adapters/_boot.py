@@ -37,6 +37,8 @@ PATCHES_IF_ENABLED = {"transformers.modeling_utils": "densemixer_adapters.enviro
 
 SWITCH = "DENSEMIXER_BOOT"
 ENABLED = "DENSEMIXER_ENABLED"
+OFF = ("0", "f", "false", "no", "off")
+"""What switches a variable off, in any case."""
 
 _taken: set[str] = set()
 """Names of modules that are patched, or will be as soon as their own code has run."""
@@ -49,7 +51,7 @@ def is_switched_off() -> bool:
 
 
 def _is_off(variable: str, default: str) -> bool:
-    return (os.environ.get(variable, "").strip().lower() or default) in ("0", "f", "false", "no", "off")
+    return (os.environ.get(variable, "").strip().lower() or default) in OFF
 
 
 def is_live() -> bool:

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters._boot import ENABLED
+from densemixer_adapters._boot import ENABLED, OFF
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, has_experts
 from densemixer_core import DenseMixerConfig
 
@@ -43,7 +43,7 @@ MODEL_SWITCHES = {
 """The original's variables, which are on unless they are set to off, and the model types that they speak of."""
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-TRUE, FALSE = ("1", "true", "yes", "on", "t"), ("0", "false", "no", "off", "f", "")
+ON = ("1", "true", "yes", "on", "t")
 
 _loading = contextvars.ContextVar("densemixer_loading", default=False)
 
@@ -149,8 +149,9 @@ def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
     text = environ.get(name)
     if text is None:
         return default
-    if text.strip().lower() in TRUE:
+    word = text.strip().lower()
+    if word in ON:
         return True
-    if text.strip().lower() in FALSE:
+    if not word or word in OFF:
         return False
     raise ValueError(f"environment variable {name}={text!r}: must be 1 or 0")

@@ -19,7 +19,6 @@ temporaries of the backward.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import torch
@@ -139,7 +138,7 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
     trained = [layers[position] for position in options.positions(len(layers))]
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
-    extra = sum(2 * math.prod(shape) for layer in trained for shape in layer.matrices)
+    extra = sum(layer.extra_operations for layer in trained)
     saved = [4 * (layer.matrices[0][0] + selected(model, layer) + 1) for layer in trained]
     return Cost(forward, float(extra), sum(saved), max(saved))
 

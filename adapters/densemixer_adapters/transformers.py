@@ -79,7 +79,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
         type(model).__name__,
         getattr(getattr(model, "config", None), "model_type", "no model type"),
         config.estimator,
-        1e-9 * sum(2 * math.prod(shape) for layer in layers for shape in layer.matrices),
+        1e-9 * sum(layer.extra_operations for layer in layers),
     )
     handle.warn_of_frozen_routers()
     return handle
@@ -185,6 +185,11 @@ class DenseMixerLayer:
         """The shapes of the experts' two stacked weights, also while ZeRO-3 has partitioned them."""
         weights = [getattr(self.experts, name) for name in _weight_names(self.experts)[:2] if name]
         return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
+
+    @property
+    def extra_operations(self) -> int:
+        """Floating-point operations a token, in the backward: the up projection of x and the down projection of g."""
+        return sum(2 * math.prod(shape) for shape in self.matrices)
 
     @property
     def score(self) -> str:
