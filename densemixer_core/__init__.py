@@ -11,7 +11,7 @@ receive a straight-through gradient. Read the modules in this order:
 """
 
 from densemixer_core.config import DenseMixerConfig
-from densemixer_core.experts import Derivation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots
+from densemixer_core.experts import Derivation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, weight_per_score
 from densemixer_core.straight_through import straight_through
 
@@ -25,6 +25,7 @@ __all__ = [
     "check_routing",
     "expert_dots",
     "router_scores",
+    "sampled_dots",
     "straight_through",
     "weight_per_score",
 ]

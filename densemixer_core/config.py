@@ -13,6 +13,9 @@ from densemixer_core.estimators import ESTIMATORS
 
 ENVIRONMENT_PREFIX = "DENSEMIXER_"
 
+_NUMBERS = {"workspace_mb": int, "budget": float, "seed": int}
+"""The fields that are numbers, and how to read them from text."""
+
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?[1-9]\d*)?)?")
 
 
@@ -29,6 +32,10 @@ class DenseMixerConfig:
         layers: Which of the model's Mixture-of-Experts layers to train this way, None for all. Positions among these
             layers in their order, negative ones from the end, e.g. ``[0, 3, -1]``; or the same, or a Python slice, as
             a string: ``"0,3,-1"``, ``"-4:"`` for the last four, ``"::2"`` for every other one.
+        budget: The share of the (token, unselected expert) pairs that are evaluated, above 0 and at most 1. Below 1 the
+            pairs are drawn by importance, so that the extra gradient is exact in the mean and costs that share, see
+            `densemixer_core.sampling`. With ``"centered"`` and renormalised weights the selected pairs come on top.
+        seed: Chooses the draws for a budget below 1. The same seed and data give the same draws.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -38,16 +45,24 @@ class DenseMixerConfig:
     estimator: str = "densemixer"
     workspace_mb: int = 256
     layers: Sequence[int] | str | None = None
+    budget: float = 1.0
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, str):
             raise TypeError(f"estimator must be a string, got {self.estimator!r}")
         if self.estimator not in ESTIMATORS:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {self.estimator!r}")
-        if not isinstance(self.workspace_mb, int) or isinstance(self.workspace_mb, bool):
+        if type(self.workspace_mb) is not int:
             raise TypeError(f"workspace_mb must be an integer (MiB), got {self.workspace_mb!r}")
         if self.workspace_mb < 1:
             raise ValueError(f"workspace_mb must be at least 1 (MiB), got {self.workspace_mb}")
+        if type(self.budget) not in (int, float):
+            raise TypeError(f"budget must be a number, got {self.budget!r}")
+        if not 0 < self.budget <= 1:
+            raise ValueError(f"budget must be above 0 and at most 1 (1 evaluates all experts), got {self.budget}")
+        if type(self.seed) is not int:
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _canonical_layers(self.layers))
 
@@ -106,7 +121,7 @@ class DenseMixerConfig:
             if not text:
                 continue
             try:
-                options[field.name] = int(text) if isinstance(field.default, int) else text
+                options[field.name] = _NUMBERS.get(field.name, str)(text)
                 cls(**{field.name: options[field.name]})
             except ValueError as error:
                 raise ValueError(f"environment variable {variable}={text!r}: {error}") from error

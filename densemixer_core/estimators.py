@@ -24,22 +24,16 @@ from torch import Tensor
 ESTIMATORS = ("conventional", "densemixer", "centered")
 
 
-def extra_score_gradient(
-    estimator: str, dots: Tensor, index: Tensor, weights: Tensor, scale: Tensor, renormalised: bool
-) -> Tensor:
+def extra_score_gradient(dots: Tensor, index: Tensor, scale: Tensor, mean: Tensor | None) -> Tensor:
     """The gradient that DenseMixer adds to the scores; zero for selected experts.
 
     Args:
-        estimator: ``"densemixer"`` or ``"centered"``.
         dots: ⟨g, E_j(x)⟩, shape [tokens, experts].
         index: The selected experts, [tokens, k].
-        weights: The weights w of the selected experts, [tokens, k], in the dtype of ``dots``.
         scale: c, [tokens, 1].
-        renormalised: Whether the layer divides the selected scores by their sum.
+        mean: For ``centered``, where the layer renormalises: ⟨g, y⟩/Σ_selected w, [tokens, 1]. Otherwise None.
 
     Returns:
         [tokens, experts], in the dtype of ``dots``.
     """
-    if estimator == "centered" and renormalised:
-        dots = dots - (weights * dots.gather(-1, index)).sum(-1, keepdim=True) / weights.sum(-1, keepdim=True)
-    return (dots * scale).scatter(-1, index, 0.0)
+    return ((dots if mean is None else dots - mean) * scale).scatter(-1, index, 0.0)

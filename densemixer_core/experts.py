@@ -11,11 +11,15 @@ its inner product with g cheap:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from densemixer_core.sampling import Pairs, draw_pairs, typical_size
 
 
 class ExpertWeights(NamedTuple):
@@ -98,42 +102,151 @@ def expert_dots(
     Returns:
         [tokens, experts], float32 or float64.
     """
-    up, down, up_bias, down_bias, scale = experts.weights
-    layout = experts.layout
-    dtype = dtype or up.dtype
-    accumulate = torch.promote_types(dtype, torch.float32)
+    weights, layout = _oriented(experts), experts.layout
+    dtype = dtype or weights.up.dtype
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
-    # The same orientation, [experts, in, out], for both layouts; views, not copies.
-    up, down = (up, down) if layout.transposed else (up.transpose(1, 2), down.transpose(1, 2))
+    stacked = weights.down.shape[0]
+    dots = _all_dots(x, g, stacked, layout)
+    rows = max(1, workspace_bytes // _temporary_bytes(weights, dtype))
+    if x.device.type == "cpu" and dtype.itemsize >= 4:
+        rows = min(rows, _CACHED_ROWS)
+    for expert, row in enumerate(dots[:stacked]):
+        up, down = weights.up[expert].to(dtype), weights.down[expert].to(dtype)
+        up_bias, down_bias = (None if bias is None else bias[expert].to(dtype) for bias in weights[2:4])
+        for x_rows, g_rows, out in zip(*(torch.split(tensor, rows) for tensor in (x, g, row)), strict=True):
+            out.copy_(_dots(x_rows, g_rows, up, down, up_bias, down_bias, layout, _affine))
+    return _scaled(dots, weights.scale).t()
 
-    stacked = down.shape[0]
+
+def sampled_dots(
+    x: Tensor,
+    g: Tensor,
+    sensitivity: Tensor,
+    count: int,
+    seed: int,
+    experts: StackedExperts,
+    dtype: torch.dtype | None = None,
+    workspace_bytes: int = 1 << 28,
+) -> tuple[Tensor, Tensor]:
+    """⟨g_t, E_j(x_t)⟩ for ``count`` pairs of a token and an expert, and the factors that make up for the others.
+
+    The rows of a pair are gathered, and all pairs go through one grouped matrix product for each projection. A few of
+    the pairs are a pilot: they tell how large the inner products of each expert are. Experts without weights cost
+    nothing, so all their pairs are evaluated, on top of ``count``.
+
+    Args:
+        x, g, experts, dtype: As in `expert_dots`.
+        sensitivity: How much the inner product of each pair matters, [tokens, experts]; pairs with zero are left out.
+        count: How many pairs are evaluated.
+        seed: Chooses the draw, see `sampling.draw_pairs`.
+        workspace_bytes: Upper bound on the temporaries; the pairs are split to stay below it. A copy of the weights in
+            another dtype comes on top.
+
+    Returns:
+        Inner products and factors, both [tokens, experts] and float32 or float64. Their product is on average
+        `expert_dots`; both are zero where a pair wasn't drawn.
+    """
+    weights, layout = _oriented(experts), experts.layout
+    dtype = dtype or weights.up.dtype
+    x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
+    tokens, stacked = x.shape[0], weights.down.shape[0]
+    dots = _all_dots(x, g, stacked, layout)
+    factors = torch.ones_like(dots)
+    factors[:stacked] = 0
+    if count == 0:
+        return dots.t(), factors.t()
+    up, down = weights.up.to(dtype), weights.down.to(dtype)
+    biases = [None if bias is None else bias.to(dtype) for bias in weights[2:4]]
+    rows = max(1, workspace_bytes // (_temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
+
+    def evaluate(pairs: Pairs) -> Iterator[Tensor]:
+        for start in range(0, len(pairs.place), rows):
+            place = pairs.place[start : start + rows]
+            expert, token = place // tokens, place % tokens
+            up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
+            grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
+            yield _dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
+
+    norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)
+    importance = sensitivity[:, :stacked] * norm.unsqueeze(1)
+    if pilots := count // PAIRS_PER_PILOT:
+        pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, seed)
+        size = torch.cat(list(evaluate(pairs))) / norm[pairs.place % tokens]
+        importance = importance * typical_size(size, pairs, tokens).to(importance.dtype)
+    pairs = draw_pairs(importance, count - pilots, seed + 1)
+    drawn = pairs.factor > 0
+    dots.view(-1).index_add_(0, pairs.place, torch.where(drawn, torch.cat(list(evaluate(pairs))), 0))
+    factors.view(-1).index_add_(0, pairs.place, pairs.factor.to(factors.dtype))
+    return _scaled(dots, weights.scale).t(), factors.t()
+
+
+PAIRS_PER_PILOT = 32
+"""Of so many pairs one is spent on the pilot."""
+
+_CACHED_ROWS = 256
+"""How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece.)"""
+
+_Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _oriented(experts: StackedExperts) -> ExpertWeights:
+    """The same orientation, [experts, in, out], for both layouts; views, not copies."""
+    weights = experts.weights
+    if experts.layout.transposed:
+        return weights
+    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+
+
+def _all_dots(x: Tensor, g: Tensor, stacked: int, layout: ExpertLayout) -> Tensor:
+    """Room for the inner products, [experts, tokens], with those of the experts without weights."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
     count = stacked + layout.identities + layout.zeros
     dots = torch.zeros(count, x.shape[0], dtype=accumulate, device=x.device)
     if layout.identities:
         dots[stacked : stacked + layout.identities] = torch.linalg.vecdot(x.to(accumulate), g.to(accumulate))
-    for expert, row in enumerate(dots[:stacked]):
-        up_j, down_j = up[expert].to(dtype), down[expert].to(dtype)
-        up_bias_j = None if up_bias is None else up_bias[expert].to(dtype)
-        down_bias_j = None if down_bias is None else down_bias[expert].to(dtype)
-        rows = max(1, workspace_bytes // _temporary_bytes_per_token(up_j, down_j))
-        for x_rows, g_rows, out in zip(*(torch.split(tensor, rows) for tensor in (x, g, row)), strict=True):
-            hidden = layout.activation(_affine(x_rows, up_j, up_bias_j))
-            if layout.post_norm is None:
-                torch.sum(hidden * (g_rows @ down_j.t()), -1, dtype=accumulate, out=out)
-                if down_bias_j is not None:
-                    out += (g_rows @ down_bias_j).to(accumulate)
-            else:
-                output = layout.post_norm(_affine(hidden, down_j, down_bias_j))
-                torch.sum(output * g_rows, -1, dtype=accumulate, out=out)
+    return dots
+
+
+def _scaled(dots: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
-        dots[:stacked] *= scale.to(accumulate).unsqueeze(1)
-    return dots.t()
+        dots[: len(scale)] *= scale.to(dots.dtype).unsqueeze(1)
+    return dots
+
+
+def _dots(
+    x: Tensor,
+    g: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: ExpertLayout,
+    affine: _Affine,
+) -> Tensor:
+    """The inner product of each row of g, [rows, hidden], with the expert's output for that row of x, [rows]."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    hidden = layout.activation(affine(x, up, up_bias))
+    if layout.post_norm is not None:
+        return torch.sum(layout.post_norm(affine(hidden, down, down_bias)) * g, -1, dtype=accumulate)
+    dots = torch.sum(affine(g, down.mT, None).mul_(hidden), -1, dtype=accumulate)
+    return dots if down_bias is None else dots + torch.sum(g * down_bias, -1, dtype=accumulate)
 
 
 def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
-def _temporary_bytes_per_token(up: Tensor, down: Tensor) -> int:
-    """Room for the up projection and an activation that makes a few copies of it, or for outputs and their norm."""
-    return (4 * up.shape[1] + 3 * sum(down.shape)) * up.element_size()
+def _grouped_affine(ends: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Each row by the matrix of its expert; the rows of expert j, and of ``bias``, come before ``ends[j]``."""
+    aligned = all(extent * x.element_size() % 16 == 0 for extent in weight.shape[1:])
+    if aligned and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
+        output = F.grouped_mm(x, weight, offs=ends)
+    else:
+        groups = torch.split(x, ends.diff(prepend=ends.new_zeros(1)).tolist())
+        output = torch.cat([group @ matrix for group, matrix in zip(groups, weight, strict=True)])
+    return output if bias is None else output + bias
+
+
+def _temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
+    """For one row: the up projection and an activation that makes a few copies of it, or an output and its norm."""
+    return (4 * weights.up.shape[2] + 3 * sum(weights.down.shape[1:])) * dtype.itemsize

@@ -30,6 +30,30 @@ def router_scores(logits: Tensor, score: str) -> Tensor:
     raise ValueError(f"score must be one of {', '.join(SCORE_FUNCTIONS)}; got {score!r}")
 
 
+def score_gradient_to_logits(gradient: Tensor, scores: Tensor, score: str) -> Tensor:
+    """The gradient of the logits from that of the scores; all [tokens, experts]."""
+    if score == "softmax":
+        return scores * (gradient - (scores * gradient).sum(-1, keepdim=True))
+    return gradient * _slope(scores, score)
+
+
+def score_sensitivity(scores: Tensor, score: str) -> Tensor:
+    """‖gradient of the logits‖ for a gradient of 1 at one of the scores; [tokens, experts]."""
+    if score == "softmax":
+        # Of the logits, z_i receives −p_i·p_j for i ≠ j, and z_j receives p_j·(1 − p_j).
+        squares = scores.square().sum(-1, keepdim=True)
+        return scores * (1 - 2 * scores + squares).clamp(min=0).sqrt()
+    return _slope(scores, score)
+
+
+def _slope(scores: Tensor, score: str) -> Tensor:
+    """dp_j/dz_j of a score function that treats each logit alone, from p_j."""
+    if score == "sigmoid":
+        return scores * (1 - scores)
+    # p = √softplus(z), and softplus'(z) = 1 − e^(−softplus(z)).
+    return -torch.expm1(-scores.square()) / (2 * scores).clamp(min=torch.finfo(scores.dtype).tiny)
+
+
 def are_probabilities(router_output: Tensor) -> bool:
     """Whether a router's output has been through a softmax already: nonnegative rows that sum to one.
 

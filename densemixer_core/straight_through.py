@@ -8,7 +8,8 @@ unselected expert until the backward, where g is known and [tokens, experts] sca
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.estimators import extra_score_gradient
-from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots
-from densemixer_core.routing import weight_per_score
+from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
+from densemixer_core.routing import score_sensitivity, weight_per_score
 
 
 def straight_through(
@@ -29,6 +30,7 @@ def straight_through(
     index: Tensor,
     weights: Tensor,
     experts: StackedExperts,
+    score: str,
     renormalised: bool,
     config: DenseMixerConfig,
 ) -> Tensor:
@@ -47,6 +49,7 @@ def straight_through(
         experts: The experts; their weights receive no gradient from here. Parameters that a framework frees or
             partitions after the forward must be live again, as the same tensors, when the backward comes. Weights with
             a derivation are not kept: the backward computes them again.
+        score: The function that made the scores of logits, one of `routing.SCORE_FUNCTIONS`.
         renormalised: Whether the host divides the selected scores by their sum.
         config: The options.
     """
@@ -57,13 +60,19 @@ def straight_through(
         experts.layout,
         None if derivation is None else derivation.compute,
         _compute_dtype(experts.weights.up),
-        renormalised,
-        config.estimator,
-        config.workspace_mb << 20,
+        score,
+        config,
     )
-    scale = weight_per_score(scores, index, weights)
-    kept = experts.weights if derivation is None else derivation.sources
-    saved = (x.detach(), index, weights.detach().to(scores.dtype), scale, *kept)
+    weights = weights.detach().to(scores.dtype)
+    centered = config.estimator == "centered" and renormalised
+    saved = (
+        x.detach(),
+        index,
+        weight_per_score(scores, index, weights),
+        scores.detach() if config.budget < 1 else None,
+        *((output.detach(), weights.sum(-1, keepdim=True)) if centered else (None, None)),
+        *(experts.weights if derivation is None else derivation.sources),
+    )
     return _StraightThrough.apply(output, scores, saved, call)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -74,9 +83,12 @@ class _Call:
     layout: ExpertLayout
     compute: Callable[[ExpertWeights], ExpertWeights] | None
     dtype: torch.dtype
-    renormalised: bool
-    estimator: str
-    workspace_bytes: int
+    score: str
+    config: DenseMixerConfig
+
+    def experts(self, kept: Iterable[Tensor]) -> StackedExperts:
+        weights = ExpertWeights(*kept)
+        return StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -95,20 +107,20 @@ class _StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
-        x, index, weights, scale, *kept = ctx.saved_tensors
-        expert_weights = ExpertWeights(*kept)
-        if call.compute is not None:
-            expert_weights = call.compute(expert_weights)
-        hidden = x.shape[-1]
-        dots = expert_dots(
-            x.reshape(-1, hidden),
-            g.reshape(-1, hidden),
-            StackedExperts(expert_weights, call.layout),
-            call.dtype,
-            call.workspace_bytes,
-        )
-        extra = extra_score_gradient(call.estimator, dots.to(scale.dtype), index, weights, scale, call.renormalised)
-        return g, extra, None, None
+        config = call.config
+        x, index, scale, scores, y, total, *kept = ctx.saved_tensors
+        x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        experts = call.experts(kept)
+        workspace = config.workspace_mb << 20
+        if scores is None:
+            dots, factor = expert_dots(x, rows, experts, call.dtype, workspace), None
+        else:
+            sensitivity = (score_sensitivity(scores, call.score) * scale).scatter(-1, index, 0.0)
+            count = math.ceil(config.budget * len(x) * (scores.shape[-1] - index.shape[-1]))
+            dots, factor = sampled_dots(x, rows, sensitivity, count, config.seed, experts, call.dtype, workspace)
+        mean = None if y is None else torch.sum(rows * y.reshape(rows.shape), -1, True, dtype=scale.dtype) / total
+        extra = extra_score_gradient(dots.to(scale.dtype), index, scale, mean)
+        return g, extra if factor is None else extra * factor.to(scale.dtype), None, None
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

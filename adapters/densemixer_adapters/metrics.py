@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from densemixer_adapters.transformers import DenseMixerHandle, DenseMixerLayer
+from densemixer_core.routing import score_gradient_to_logits
 
 
 class RouterGradients:
@@ -89,7 +90,7 @@ class _Observe(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None, None]:
         p, x = ctx.saved_tensors
-        logits = p * (g - (p * g).sum(-1, keepdim=True)) if ctx.score == "softmax" else g * p * (1 - p)
+        logits = score_gradient_to_logits(g, p, ctx.score)
         ctx.add((logits.t().to(x.dtype) @ x.reshape(-1, x.shape[-1])).to(torch.promote_types(x.dtype, torch.float32)))
         return g, None, None, None
 

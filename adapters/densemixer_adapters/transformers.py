@@ -277,6 +277,7 @@ class DenseMixerLayer:
             index=index,
             weights=weights,
             experts=stacked,
+            score=self._router.score,
             renormalised=self.renormalised,
             config=self._config,
         )

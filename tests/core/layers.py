@@ -142,6 +142,7 @@ class Layer:
             index=self.index,
             weights=weights,
             experts=StackedExperts(self.weights, self.layout),
+            score=self.case.score,
             renormalised=self.case.renormalised,
             config=config,
         )

@@ -30,6 +30,12 @@ def test_from_dict() -> None:
         ({"workspace_mb": 0}, ValueError, "workspace_mb must be at least 1"),
         ({"workspace_mb": "64"}, TypeError, "workspace_mb must be an integer"),
         ({"workspace_mb": True}, TypeError, "workspace_mb must be an integer"),
+        ({"budget": 0}, ValueError, "budget must be above 0 and at most 1 (1 evaluates all experts), got 0"),
+        ({"budget": 1.5}, ValueError, "budget must be above 0 and at most 1"),
+        ({"budget": float("nan")}, ValueError, "budget must be above 0 and at most 1"),
+        ({"budget": "1/8"}, TypeError, "budget must be a number, got '1/8'"),
+        ({"budget": True}, TypeError, "budget must be a number"),
+        ({"seed": 0.5}, TypeError, "seed must be an integer"),
         ({"estimater": "centered"}, ValueError, "'estimater'; did you mean 'estimator'?"),
         ({"nonsense": 1}, ValueError, "unknown option of DenseMixer: 'nonsense'"),
         (["estimator"], TypeError, "must be a mapping"),
@@ -44,6 +50,8 @@ def test_a_wrong_option_is_named(options: object, error: type[Exception], messag
 def test_from_environment() -> None:
     environ = {"DENSEMIXER_ESTIMATOR": "centered", "DENSEMIXER_WORKSPACE_MB": "8", "DENSEMIXER_ENABLED": "1"}
     assert DenseMixerConfig.from_environment(environ) == DenseMixerConfig("centered", 8)
+    environ = {"DENSEMIXER_BUDGET": "0.125", "DENSEMIXER_SEED": "7"}
+    assert DenseMixerConfig.from_environment(environ) == DenseMixerConfig(budget=0.125, seed=7)
     assert DenseMixerConfig.from_environment({"DENSEMIXER_ESTIMATOR": ""}) == DenseMixerConfig()
 
 
@@ -54,7 +62,12 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(
     ("variable", "value"),
-    [("DENSEMIXER_ESTIMATOR", "dense"), ("DENSEMIXER_WORKSPACE_MB", "much"), ("DENSEMIXER_WORKSPACE_MB", "0")],
+    [
+        ("DENSEMIXER_ESTIMATOR", "dense"),
+        ("DENSEMIXER_WORKSPACE_MB", "much"),
+        ("DENSEMIXER_WORKSPACE_MB", "0"),
+        ("DENSEMIXER_BUDGET", "2"),
+    ],
 )
 def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"environment variable {variable}='{value}'"):

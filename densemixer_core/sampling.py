@@ -1,0 +1,100 @@
+"""Which (token, unselected expert) pairs are evaluated when the budget doesn't allow all of them.
+
+Each pair is drawn with a probability π proportional to its importance, and counts 1/π times if it is drawn. The mean
+over draws is therefore the exact gradient (Horvitz & Thompson, "A Generalization of Sampling Without Replacement From a
+Finite Universe", 1952). The draw is systematic: the pairs lie one after the other on a line, each as long as its π, and
+a comb with teeth at distance 1 and a random offset picks them. So the number of pairs is known without asking the
+device, each expert and each stretch of tokens gets its due share, and the pairs come sorted by expert.
+
+The error is least if a pair's importance is ‖dp_j/dz‖·c·|⟨g, E_j(x)⟩|, which moves the router's logits. Of that the
+first two factors are known (`routing.score_sensitivity`), and the inner product is ‖g‖ times a size that is typical of
+the expert; a pilot, a draw of its own in which all experts have the same share, measures these sizes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_MASK = (1 << 34) - 1  # a shift to the right by 30 of a 64-bit number, without its sign
+
+
+class Pairs(NamedTuple):
+    """Drawn pairs, sorted by expert and then by token.
+
+    Attributes:
+        place: expert · tokens + token, [pairs].
+        factor: 1/π, or 0 for a tooth of the comb beyond the last pair, [pairs], float64.
+        ends: For each expert the number of pairs up to its last one, [experts], int32.
+    """
+
+    place: Tensor
+    factor: Tensor
+    ends: Tensor
+
+
+def draw_pairs(importance: Tensor, count: int, seed: int) -> Pairs:
+    """Draw ``count`` pairs, without waiting for the device.
+
+    The offset of the comb is a hash of ``seed`` and of the probabilities. So a run that is repeated or resumed draws
+    the same, ranks with different tokens draw differently and ranks with the same tokens the same, and no random
+    generator of the host's is touched.
+
+    Args:
+        importance: Nonnegative, [tokens, experts]; pairs with zero are never drawn.
+        count: How many, at least 1. If fewer have an importance above zero, each of these is drawn once, and the rest
+            has the factor 0.
+        seed: Any integer.
+    """
+    tokens, experts = importance.shape
+    line = inclusion_probabilities(importance.t().to(torch.float64).contiguous(), count).flatten()
+    ends = line.cumsum(0)
+    teeth = _uniform(line, seed) + torch.arange(count, dtype=torch.float64, device=line.device)
+    # Not-a-number, as a gradient scaler expects it at times, must not lead out of the line.
+    drawn = torch.searchsorted(ends, teeth, right=True).clamp(max=line.numel() - 1)
+    factor = torch.where(teeth < ends[-1], 1 / line[drawn], 0.0)
+    last = torch.arange(1, experts + 1, device=line.device) * tokens
+    return Pairs(drawn, factor, torch.searchsorted(drawn, last, out_int32=True))
+
+
+def typical_size(size: Tensor, pairs: Pairs, tokens: int) -> Tensor:
+    """The root mean square for each expert of what a pilot measured, drawn towards that of all experts by one pair.
+
+    Args:
+        size: What was measured, [pairs].
+        pairs: The pilot.
+        tokens: How many tokens there are.
+
+    Returns:
+        [experts].
+    """
+    counts = pairs.factor > 0
+    squares = torch.zeros(2, len(pairs.ends), dtype=size.dtype, device=size.device)
+    values = torch.stack([torch.where(counts, size.square(), 0), counts.to(size.dtype)])
+    total, number = squares.index_add_(1, pairs.place // tokens, values).unbind()
+    overall = total.sum() / number.sum().clamp(min=1)
+    overall = torch.where(overall == 0, 1, overall)  # an expert that seems silent must keep its chance
+    return torch.sqrt((total + overall) / (number + 1))
+
+
+def inclusion_probabilities(importance: Tensor, count: int) -> Tensor:
+    """min(1, λ·importance), with the λ for which they sum to ``count`` (to less, if fewer are above zero).
+
+    Each round caps those that reach 1 and distributes the rest anew. The sum approaches ``count`` from below.
+    """
+    scale = count / importance.sum().clamp(min=1e-300)
+    for _ in range(10):
+        capped = scale * importance >= 1
+        rest = torch.where(capped, 0.0, importance).sum().clamp(min=1e-300)
+        scale = torch.maximum(scale, (count - capped.sum()) / rest)
+    return (scale.clamp(max=1e300) * importance).clamp(max=1)
+
+
+def _uniform(numbers: Tensor, seed: int) -> Tensor:
+    """A hash of float64 numbers and the seed, between 0 and 1: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    bits = numbers.view(torch.int64).sum() + (seed * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+    for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
+        bits = (bits ^ ((bits >> 30) & _MASK)) * (factor - 2**64)
+    return ((bits ^ ((bits >> 31) & _MASK >> 1)) & ((1 << 53) - 1)).to(torch.float64) / 2**53

@@ -1,0 +1,224 @@
+"""A budget below 1: exact in the mean, exact for each pair that is drawn, and at the cost that it promises."""
+
+from __future__ import annotations
+
+import math
+
+import hypothesis.strategies as st
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from layers import Case, Layer
+from test_straight_through import LiveBytes, assert_equal_gradients, cases
+from torch.utils.checkpoint import checkpoint
+
+from densemixer_core import DenseMixerConfig, StackedExperts, expert_dots, sampled_dots
+from densemixer_core.experts import PAIRS_PER_PILOT
+from densemixer_core.routing import SCORE_FUNCTIONS, router_scores, score_gradient_to_logits, score_sensitivity
+from densemixer_core.sampling import draw_pairs, inclusion_probabilities
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(),
+        Case(activation="interleaved", bias=True, transposed=True, renormalised=False, scaling=2.5),
+        Case(activation="ungated", post_norm=True, scale=True, score="sigmoid"),
+        Case(identities=1, zeros=1, score="sqrtsoftplus"),
+    ],
+    ids=["gated", "biased", "normed", "with identities"],
+)
+@pytest.mark.parametrize("estimator", ["densemixer", "centered"])
+def test_the_mean_over_seeds_is_the_exact_gradient(case: Case, estimator: str) -> None:
+    layer = Layer(case)
+    truth = layer.truth(estimator)["router"]
+    draws = torch.stack([layer.ours(DenseMixerConfig(estimator, budget=0.3, seed=s))["router"] for s in range(200)])
+    error = oracle.relative_error(draws.mean(0), truth)
+    assert error < 0.1
+    assert oracle.relative_error(draws[0], truth) > 3 * error  # one draw is no more than an estimate
+    directions = torch.randn(*truth.shape, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = torch.einsum("seh,ehd->sd", draws - truth, directions)
+    assert (errors.mean(0).abs() < 4 * errors.std(0) / len(draws) ** 0.5).all()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(case=cases)
+def test_enough_pairs_are_exact(case: Case) -> None:
+    layer = Layer(case)
+    experts = StackedExperts(layer.weights, layer.layout)
+    with torch.no_grad():
+        everything = torch.ones(case.tokens, case.scored)
+        dots, factors = sampled_dots(layer.x, layer.g, everything, 2 * case.tokens * case.experts, 0, experts)
+        torch.testing.assert_close(dots * factors, expert_dots(layer.x, layer.g, experts), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    case=cases,
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    bound=st.integers(1, 4000),
+    share=st.floats(0.05, 1),
+    aligned=st.booleans(),
+)
+def test_each_drawn_pair_in_every_dtype_and_memory_bound(
+    case: Case, dtype: torch.dtype, bound: int, share: float, aligned: bool
+) -> None:
+    if aligned:  # torch's grouped matrix product wants rows of a multiple of 16 bytes
+        case.hidden, case.ffn = 16 * case.hidden, 16 * case.ffn
+    layer = Layer(case, dtype)
+    importance = torch.rand(case.tokens, case.scored, generator=torch.Generator().manual_seed(case.seed))
+    count = math.ceil(share * case.tokens * case.experts)
+    experts = StackedExperts(layer.weights, layer.layout)
+    with torch.no_grad():
+        exact = expert_dots(layer.x, layer.g, experts)
+        ours, factors = sampled_dots(layer.x, layer.g, importance, count, 0, experts, workspace_bytes=bound)
+        whole = Layer(case, dtype)
+        whole.weights = type(layer.weights)(*(None if w is None else w.double() for w in layer.weights))
+        truth = expert_dots(layer.x.double(), layer.g.double(), StackedExperts(whole.weights, layer.layout))
+    assert ours.dtype == factors.dtype == exact.dtype
+    drawn = factors > 0
+    assert drawn[:, : case.experts].sum() == count - count // PAIRS_PER_PILOT
+    assert drawn[:, case.experts :].all()
+    assert torch.equal(ours[~drawn], torch.zeros_like(ours[~drawn]))
+    # No worse than the dense evaluation in the same dtype by more than a few roundings of the largest value.
+    allowed = 4 * torch.finfo(dtype).eps * truth.abs().max() * truth.numel() ** 0.5
+    assert (ours.double() - truth)[drawn].norm() <= (exact.double() - truth)[drawn].norm() + allowed
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(
+    tokens=st.integers(1, 20),
+    experts=st.integers(1, 9),
+    share=st.floats(0.01, 1),
+    tail=st.floats(0, 8),
+    seed=st.integers(-(2**63), 2**63),
+)
+def test_draws_have_the_promised_probabilities(tokens: int, experts: int, share: float, tail: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed % 2**32)
+    importance = torch.rand(tokens, experts, generator=generator, dtype=torch.float64) ** tail
+    importance[torch.rand(tokens, experts, generator=generator) < 0.2] = 0
+    count = math.ceil(share * tokens * experts)
+    probability = inclusion_probabilities(importance, count)
+    positive = int((importance > 0).sum())
+    assert probability.max() <= 1
+    assert count * (1 + 1e-9) >= probability.sum() >= 0.98 * min(count, positive)
+    free = (probability > 0) & (probability < 1)
+    ratio = (probability / importance)[free]
+    assert not len(ratio) or ratio.max() / ratio.min() < 1 + 1e-9
+
+    pairs = draw_pairs(importance, count, seed)
+    drawn = pairs.factor > 0
+    torch.testing.assert_close(1 / pairs.factor[drawn], probability.t().flatten()[pairs.place[drawn]])
+    assert len(pairs.place) == count
+    assert len(pairs.place[drawn].unique()) == drawn.sum() >= int(probability.sum() + 1e-6)
+    assert pairs.ends.tolist() == torch.bincount(pairs.place // tokens, minlength=experts).cumsum(0).tolist()
+
+
+def test_the_offset_of_the_comb_is_uniform() -> None:
+    """Over seeds, and over data: 16 equally probable pairs of which one is drawn."""
+    for draws in (
+        [draw_pairs(torch.ones(4, 4), 1, seed) for seed in range(1600)],
+        [draw_pairs(torch.ones(4, 4) + torch.eye(4) * step * 1e-6, 1, 0) for step in range(1600)],
+    ):
+        counts = torch.bincount(torch.cat([pairs.place for pairs in draws]), minlength=16)
+        assert ((counts - 100).square() / 100).sum() < 37.7  # χ² with 15 degrees of freedom, 99.9 %
+
+
+def test_a_seed_gives_the_same_draw_and_leaves_the_hosts_generator_alone() -> None:
+    layer = Layer(Case(tokens=40))
+    state = torch.get_rng_state()
+    first, again, other = (layer.ours(DenseMixerConfig(budget=0.3, seed=seed))["router"] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_draws_the_same(reentrant: bool) -> None:
+    layer, config = Layer(Case(tokens=40)), DenseMixerConfig(budget=0.3)
+    plain = layer.ours(config)
+    leaves = list(layer.leaves.values())
+    output = checkpoint(lambda *_: layer.attached(config), *leaves, use_reentrant=reentrant)
+    output.backward(layer.g)
+    for name, leaf in layer.leaves.items():
+        assert torch.equal(leaf.grad, plain[name])
+
+
+def test_not_a_number_is_left_to_the_gradient_scaler() -> None:
+    layer = Layer(Case())
+    layer.g[3] = torch.inf
+    gradients = layer.ours(DenseMixerConfig(budget=0.3))
+    assert not torch.isfinite(gradients["router"]).all()
+
+
+def test_tokens_without_a_gradient_take_no_pairs() -> None:
+    layer = Layer(Case(tokens=40))
+    layer.g[10:] = 0
+    assert_equal_gradients(layer.ours(DenseMixerConfig(budget=0.3)), layer.truth("densemixer"), 1e-10)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.01])
+def test_no_tokens(budget: float) -> None:
+    gradients = Layer(Case(tokens=0)).ours(DenseMixerConfig(budget=budget))
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
+
+
+def test_all_experts_selected() -> None:
+    layer = Layer(Case(experts=3, k=3))
+    assert_equal_gradients(layer.ours(DenseMixerConfig(budget=0.5)), layer.truth("conventional"), 1e-10)
+
+
+def test_importance_beats_chance() -> None:
+    """The error of the router's gradient for as many pairs, and without what is known of the pairs."""
+    layer = Layer(Case(tokens=2000, experts=16, hidden=16))
+    scores = layer.host()[1].detach()
+    generator = torch.Generator().manual_seed(0)
+    layer.g *= torch.rand(2000, 1, generator=generator, dtype=torch.float64) ** 4  # few tokens matter
+    loud = 4 * torch.rand(16, 1, 1, generator=generator, dtype=torch.float64) ** 4  # and few experts
+    experts = StackedExperts(layer.weights._replace(down=layer.weights.down * loud), layer.layout)
+    sensitivity, norm = score_sensitivity(scores, "softmax"), layer.g.norm(dim=1, keepdim=True)
+    with torch.no_grad():
+        exact = score_gradient_to_logits(expert_dots(layer.x, layer.g, experts), scores, "softmax").T @ layer.x
+
+        def error(sensitivity: torch.Tensor) -> float:
+            errors = []
+            for seed in range(8):
+                dots, factors = sampled_dots(layer.x, layer.g, sensitivity, 4000, seed, experts)
+                logits = score_gradient_to_logits(dots * factors, scores, "softmax")
+                errors.append(oracle.relative_error(logits.T @ layer.x, exact))
+            return sum(errors) / len(errors)
+
+        best = error(sensitivity)
+        assert best < 0.8 * error(torch.ones_like(sensitivity))
+        assert best < 0.8 * error(sensitivity / norm)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("densemixer_core.experts.PAIRS_PER_PILOT", 10**9)
+            assert best < 0.8 * error(sensitivity)
+
+
+@pytest.mark.parametrize("score", SCORE_FUNCTIONS)
+def test_derivatives_of_the_scores(score: str) -> None:
+    logits = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    scores = router_scores(logits, score)
+    g = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    (truth,) = torch.autograd.grad(scores, logits, g, retain_graph=True)
+    torch.testing.assert_close(score_gradient_to_logits(g, scores.detach(), score), truth)
+    for expert in range(7):
+        one = torch.zeros_like(g)
+        one[:, expert] = 1
+        (column,) = torch.autograd.grad(scores, logits, one, retain_graph=True)
+        torch.testing.assert_close(score_sensitivity(scores.detach(), score)[:, expert], column.norm(dim=1))
+
+
+@pytest.mark.parametrize("activation", ["concatenated", "ungated"])
+@pytest.mark.parametrize("bound", [1 << 16, 1 << 20])
+def test_temporaries_stay_below_the_bound(activation: str, bound: int) -> None:
+    layer = Layer(Case(2048, hidden=32, ffn=48, activation=activation, bias=True), torch.float32)
+    experts, importance = StackedExperts(layer.weights, layer.layout), torch.rand(2048, 7)
+    with torch.no_grad(), LiveBytes() as alone:
+        draw_pairs(importance, 8000, 0)
+    with torch.no_grad(), LiveBytes() as live:
+        sampled_dots(layer.x, layer.g, importance, 8000, 0, experts, workspace_bytes=bound)
+    results_and_importance = 4 * 4 * layer.case.tokens * layer.case.experts
+    assert live.peak <= max(alone.peak, bound + 8000 * 32) + results_and_importance
