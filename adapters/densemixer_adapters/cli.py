@@ -75,6 +75,9 @@ def inspect(
 def cost(
     checkpoint: Checkpoint,
     sequence: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 4096,
+    budgets: Annotated[
+        list[float], typer.Option("--budget", help="The option `budget` of DenseMixer; may be given several times.")
+    ] = [1.0, 0.25, 0.125, 0.0625],  # noqa: B006  # typer's way; it isn't changed
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Estimate what DenseMixer costs for a model: operations, bytes kept, and a step's time over a conventional one's.
@@ -84,23 +87,42 @@ def cost(
     """
     from densemixer_adapters.inspection import estimate
     from densemixer_adapters.transformers import UnsupportedModelError
+    from densemixer_core import DenseMixerConfig
 
     try:
-        found = estimate(_build(checkpoint), sequence)
+        configs = [DenseMixerConfig(budget=budget) for budget in budgets]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    model = _build(checkpoint)
+    try:
+        found = [estimate(model, sequence, config) for config in configs]
     except UnsupportedModelError as error:
         typer.echo(f"densemixer cost: {error}", err=True)
         raise typer.Exit(1) from None
-    ratios = {"step_time": found.ratio(), "step_time_checkpointed": found.ratio(checkpointed=True)}
+    forward = found[0].forward
     if as_json:
-        typer.echo(json.dumps({**dataclasses.asdict(found), **ratios}, indent=2))
+        settings = [
+            {
+                "budget": budget,
+                **dataclasses.asdict(one),
+                "step_time": one.ratio(),
+                "step_time_checkpointed": one.ratio(checkpointed=True),
+            }
+            for budget, one in zip(budgets, found, strict=True)
+        ]
+        typer.echo(json.dumps({"forward": forward, "settings": settings}, indent=2))
         return
     typer.echo(
-        f"a token, in sequences of {sequence}:              without checkpointing   with gradient checkpointing\n"
-        f"conventional step            {3e-9 * found.forward:15.4g} GFLOP {4e-9 * found.forward:21.4g} GFLOP\n"
-        f"DenseMixer adds              {1e-9 * found.extra:15.4g} GFLOP {1e-9 * found.extra:21.4g} GFLOP\n"
-        f"step, at the same speed      {found.ratio():15.2f} times {found.ratio(True):21.2f} times\n"
-        f"kept until the backward      {found.saved:15d} bytes {found.saved_checkpointed:21d} bytes"
+        f"A token of a conventional step, in sequences of {sequence}: {3e-9 * forward:.4g} GFLOP, with gradient "
+        f"checkpointing {4e-9 * forward:.4g}.\n\n"
+        f"{'':10}{'DenseMixer adds':>18}{'step time, at the same speed':>32}{'kept until the backward':>28}\n"
+        f"{'budget':10}{'GFLOP a token':>18}{'plain':>18}{'checkpointed':>14}{'plain':>14}{'checkpointed':>14}"
     )
+    for budget, one in zip(budgets, found, strict=True):
+        typer.echo(
+            f"{budget:<10.4g}{1e-9 * one.extra:18.4g}{one.ratio():17.2f}x{one.ratio(True):13.2f}x"
+            f"{one.saved:12d} B{one.saved_checkpointed:12d} B"
+        )
 
 
 def _build(checkpoint: str) -> Any:

@@ -6,14 +6,15 @@ Floating-point operations a token, with two for each multiplication and addition
   E experts; attention is 4·(T/2)·heads·head_dim a layer for sequences of T tokens, causal.
 - conventional training: 3·F, or 4·F with gradient checkpointing.
 - DenseMixer, in the backward: X = 2·(parameters of all experts of its layers), the up projection of x and the down
-  projection of g.
+  projection of g; with a budget b < 1, b·(1 − k/E) of that.
 
 So a step takes 1 + X / 3F (or 4F) times as long where all matrix products run equally fast. Norms and activation
 functions are left out on both sides; attention counts as full where it slides or is linear.
 
-Bytes kept from the forward to the backward, a token: 4·(E + k + 1) for each of its layers, for the scores, the selected
-weights and their scale; with gradient checkpointing for one layer at a time. The option `workspace_mb` bounds the
-temporaries of the backward.
+Bytes kept from the forward to the backward, a token: 4·(E + 1) for each of its layers, for the scores and the factor
+between them and the weights; with the estimator ``centered`` where weights are renormalised, the layer's output and 4
+bytes more. With gradient checkpointing for one layer at a time. The option `workspace_mb` bounds the temporaries of the
+backward.
 """
 
 from __future__ import annotations
@@ -127,20 +128,23 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
         UnsupportedModelError: DenseMixer can't train it.
         ValueError: The options select layers that it doesn't have.
     """
-    layers = _layers(model)
-    share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in layers}
+    options = config or DenseMixerConfig()
+    share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
     forward = _attention(model, sequence)
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
             matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
             forward += 2 * matrices * share.get(id(module), 1.0)
-    options = config or DenseMixerConfig()
-    trained = [layers[position] for position in options.positions(len(layers))]
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
-    extra = sum(layer.extra_operations for layer in trained)
-    saved = [4 * (layer.matrices[0][0] + selected(model, layer) + 1) for layer in trained]
-    return Cost(forward, float(extra), sum(saved), max(saved))
+    extra, saved = 0.0, []
+    for layer in _layers(model, options):
+        experts, chosen = layer.matrices[0][0], selected(model, layer)
+        extra += layer.extra_operations * (1 - chosen / experts if options.budget < 1 else 1)
+        centered = options.estimator == "centered" and layer.renormalised
+        output = 4 + model.config.get_text_config().hidden_size * model.dtype.itemsize
+        saved.append(4 * (experts + 1) + (output if centered else 0))
+    return Cost(forward, extra, sum(saved), max(saved))
 
 
 def selected(model: Any, layer: DenseMixerLayer) -> int:
@@ -152,8 +156,8 @@ def selected(model: Any, layer: DenseMixerLayer) -> int:
     return int(model.config.get_text_config().num_experts_per_tok)
 
 
-def _layers(model: nn.Module) -> list[DenseMixerLayer]:
-    with apply_densemixer(model) as handle:
+def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
+    with apply_densemixer(model, config) as handle:
         return handle.layers
 
 

@@ -187,9 +187,9 @@ class DenseMixerLayer:
         return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 
     @property
-    def extra_operations(self) -> int:
+    def extra_operations(self) -> float:
         """Floating-point operations a token, in the backward: the up projection of x and the down projection of g."""
-        return sum(2 * math.prod(shape) for shape in self.matrices)
+        return self._config.budget * sum(2 * math.prod(shape) for shape in self.matrices)
 
     @property
     def score(self) -> str:

@@ -112,11 +112,28 @@ def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> No
     attention = 4 * d * (32 + 4) * 128 + 4 * (tokens / 2) * 32 * 128
     forward = layers * (attention + 2 * d * e + k * 6 * d * f) + 2 * d * v
     assert found["forward"] == pytest.approx(forward, rel=1e-9)
-    assert found["extra"] == layers * e * 6 * d * f
-    assert found["saved"] == layers * 4 * (e + k + 1)
-    assert found["saved_checkpointed"] == 4 * (e + k + 1)
-    assert round(found["step_time"], 1) == ratio
-    assert round(found["step_time_checkpointed"], 1) == checkpointed
+    exact, *budgeted = found["settings"]
+    assert exact["budget"] == 1
+    assert exact["extra"] == layers * e * 6 * d * f
+    assert round(exact["step_time"], 1) == ratio
+    assert round(exact["step_time_checkpointed"], 1) == checkpointed
+    assert [setting["budget"] for setting in budgeted] == [1 / 4, 1 / 8, 1 / 16]
+    for setting in budgeted:
+        assert setting["extra"] == pytest.approx(layers * setting["budget"] * (e - k) * 6 * d * f)
+    for setting in found["settings"]:
+        assert setting["saved"] == layers * 4 * (e + 1)
+        assert setting["saved_checkpointed"] == 4 * (e + 1)
+
+
+def test_budgets_are_as_cheap_as_promised(large: Path) -> None:
+    _, found = run("cost", large, "--seq-len", 4096, "--budget", 1 / 8, "--budget", 1 / 16)
+    assert [round(setting["step_time"], 2) for setting in found["settings"]] == [1.29, 1.15]
+
+
+def test_a_wrong_budget(large: Path) -> None:
+    done = CliRunner().invoke(app, ["cost", str(large), "--budget", "2"])
+    assert done.exit_code == 2
+    assert "budget must be above 0 and at most 1" in done.stderr
 
 
 def test_options_count(large: Path) -> None:
@@ -126,6 +143,8 @@ def test_options_count(large: Path) -> None:
     assert half.extra == whole.extra / 2
     assert half.saved == whole.saved / 2
     assert estimate(model, 4096, DenseMixerConfig("conventional")).ratio() == 1
+    centered = estimate(model, 4096, DenseMixerConfig("centered"))
+    assert centered.saved - whole.saved == 48 * (2048 * 4 + 4)
 
 
 @pytest.mark.parametrize("command", ["inspect", "cost"])
@@ -134,6 +153,6 @@ def test_the_report_for_people(command: str, large: Path) -> None:
     assert done.exit_code == 0
     words = {
         "inspect": ["supported", "48", "128", "softmax", "mlp.gate"],
-        "cost": ["3.51 times", "2.88 times", "26304"],
+        "cost": ["3.51x", "2.88x", "24768 B", "1.29x"],
     }
     assert all(word in done.stdout for word in words[command])
