@@ -1,13 +1,19 @@
 PYTHON ?= python3
 NOX := .venv/bin/nox --noxfile ci/noxfile.py
 
-.PHONY: test demo clean
+.PHONY: test demo bench bench-budget clean
 
 test: .venv/bin/nox  ## lint, types and all tests, each framework in its own pinned environment
 	$(NOX)
 
 demo: .venv/bin/nox  ## fine-tune a small MoE with and without DenseMixer: make demo ARGS="--help"
 	$(NOX) --session demo -- $(ARGS)
+
+bench: .venv/bin/nox  ## time steps on this machine, against conventional training, the original and the floor
+	$(NOX) --session bench -- $(ARGS)
+
+bench-budget: .venv/bin/nox  ## how exact the extra gradient is at each budget
+	$(NOX) --session bench_budget -- $(ARGS)
 
 clean:
 	rm -rf .nox .venv

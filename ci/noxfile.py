@@ -123,3 +123,20 @@ def demo(session: nox.Session) -> None:
     install(session, "transformers-5.23.0")
     install_editable(session)
     session.run("python", "examples/demo", *session.posargs)
+
+
+@nox.session(default=False, requires=["original"])
+def bench(session: nox.Session) -> None:
+    """Time steps on this machine."""
+    install(session, "transformers-5.23.0")
+    install_editable(session)
+    python = ROOT / ".nox" / "original" / "bin" / "python"
+    session.run("python", "benchmarks", *session.posargs, env={"DENSEMIXER_ORIGINAL_PYTHON": str(python)})
+
+
+@nox.session(default=False)
+def bench_budget(session: nox.Session) -> None:
+    """How exact the extra gradient is at each budget."""
+    install(session, "transformers-5.23.0")
+    install_editable(session)
+    session.run("python", "benchmarks/budget_error.py", *session.posargs)

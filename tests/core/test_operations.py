@@ -1,0 +1,68 @@
+"""What DenseMixer costs, counted rather than timed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from layers import Case, Layer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from densemixer_core import DenseMixerConfig
+
+CASE = Case(tokens=64, hidden=16, ffn=8, experts=12, k=2)
+
+
+def operations(config: DenseMixerConfig) -> int:
+    """Floating-point operations of the matrix products in forward and backward."""
+    layer = Layer(CASE)
+    layer.index  # noqa: B018  # made once, before counting
+    with FlopCounterMode(display=False) as counter:
+        layer.ours(config)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("estimator", ["densemixer", "centered"])
+@pytest.mark.parametrize("budget", [1, 0.25, 0.1])
+def test_matrix_products(budget: float, estimator: str) -> None:
+    pairs = CASE.tokens * CASE.experts
+    if budget < 1:
+        pairs = math.ceil(budget * CASE.tokens * (CASE.experts - CASE.k))
+    extra = operations(DenseMixerConfig(estimator, budget=budget)) - operations(DenseMixerConfig("conventional"))
+    assert extra == pairs * 6 * CASE.hidden * CASE.ffn
+
+
+class Calls(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("budget", [1, 0.25])
+def test_nothing_waits_for_the_device(budget: float) -> None:
+    """No operation on the way hands a number to Python, or has a result whose size depends on numbers."""
+    layer = Layer(Case(tokens=64, hidden=16, ffn=8, bias=True, post_norm=True, identities=1), torch.float32)
+    through = layer.attached(DenseMixerConfig(budget=budget))
+    with Calls() as calls:
+        torch.autograd.grad(through, layer.router, layer.g)
+    assert calls.names.count("_grouped_mm") == (0 if budget == 1 else 4)  # pilot and draw
+    waiting = {"_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal"}
+    assert not waiting & set(calls.names)
+
+
+def test_the_number_of_calls_grows_with_experts_and_not_with_tokens() -> None:
+    def count(tokens: int, experts: int, budget: float) -> int:
+        layer = Layer(Case(tokens=tokens, experts=experts, hidden=16, ffn=8), torch.float32)
+        through = layer.attached(DenseMixerConfig(budget=budget))
+        with Calls() as calls:
+            torch.autograd.grad(through, layer.router, layer.g)
+        return len(calls.names)
+
+    assert count(64, 8, 1) == count(256, 8, 1) < count(64, 16, 1)
+    assert count(64, 8, 0.25) == count(256, 8, 0.25)
