@@ -6,6 +6,7 @@ receive a straight-through gradient. Read the modules in this order:
 - ``config``: the options, `DenseMixerConfig`.
 - ``routing``: the router's scores, and the factor between a score and the weight that the layer uses.
 - ``estimators``: what gradient an unselected expert's score receives.
+- ``sampling``: which pairs of a token and an expert are evaluated when the budget is below 1.
 - ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output.
 - ``straight_through``: the identity function that ties these to autograd.
 """
