@@ -9,14 +9,19 @@ receive a straight-through gradient. Read the modules in this order:
 - ``sampling``: which pairs of a token and an expert are evaluated when the budget is below 1.
 - ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output.
 - ``straight_through``: the identity function that ties these to autograd.
+
+On a GPU, ``fused`` decides whether ``triton_kernel`` does what ``experts`` does, and ``activations`` says which
+activations it knows.
 """
 
+from densemixer_core.activations import Activation, recognise
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.experts import Derivation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, weight_per_score
 from densemixer_core.straight_through import straight_through
 
 __all__ = [
+    "Activation",
     "DenseMixerConfig",
     "Derivation",
     "ExpertLayout",
@@ -25,6 +30,7 @@ __all__ = [
     "StackedExperts",
     "check_routing",
     "expert_dots",
+    "recognise",
     "router_scores",
     "sampled_dots",
     "straight_through",

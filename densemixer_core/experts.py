@@ -21,6 +21,9 @@ from torch.nn import functional as F
 
 from densemixer_core.sampling import Pairs, draw_pairs, typical_size
 
+from densemixer_core import fused
+from densemixer_core.activations import Activation
+
 
 class ExpertWeights(NamedTuple):
     """The stacked weights of a layer's experts.
@@ -51,6 +54,7 @@ class ExpertLayout:
         post_norm: A norm applied to each expert's output, [n, hidden] → [n, hidden], or None.
         identities: How many experts without weights follow the stacked ones that return their input.
         zeros: How many follow that return zero.
+        formula: What ``activation`` computes, where that is known: a fused kernel can't call it.
     """
 
     activation: Callable[[Tensor], Tensor]
@@ -58,6 +62,7 @@ class ExpertLayout:
     post_norm: Callable[[Tensor], Tensor] | None = None
     identities: int = 0
     zeros: int = 0
+    formula: Activation | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +109,8 @@ def expert_dots(
     """
     weights, layout = _oriented(experts), experts.layout
     dtype = dtype or weights.up.dtype
+    if fused.supported(x, experts, dtype):
+        return fused.expert_dots(x, g, experts, dtype, workspace_bytes)
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
     stacked = weights.down.shape[0]
     dots = _all_dots(x, g, stacked, layout)

@@ -24,11 +24,13 @@ from torch.utils.hooks import RemovableHandle
 from densemixer_adapters.routers import STACKED_WITHOUT_DECORATOR, Router, is_refused, left_to_the_host, router_of
 from densemixer_adapters.weights import read_weights, why_unreadable
 from densemixer_core import (
+    Activation,
     DenseMixerConfig,
     ExpertLayout,
     RoutingMismatchError,
     StackedExperts,
     check_routing,
+    recognise,
     router_scores,
     straight_through,
 )
@@ -144,6 +146,7 @@ class DenseMixerLayer:
         router_name: The router's name in the model, e.g. ``model.layers.0.mlp.gate``.
         experts: The module with the stacked weights.
         renormalised: Whether the selected experts' scores are divided by their sum.
+        formula: What the experts' activation computes, for the fused kernel; None if that is unknown.
         observe: None, or a function of the scores, [tokens, experts], and the experts' input, [..., hidden]. What it
             returns takes the place of the scores for DenseMixer alone, so the gradient that comes back there is the one
             that DenseMixer adds.
@@ -159,6 +162,7 @@ class DenseMixerLayer:
         self.observe: Callable[[Tensor, Tensor], Tensor] | None = None
         self._router = spec
         self.renormalised = spec.is_renormalised([_unwrap(self.router), block])
+        self.formula = _formula(experts)
         self._config = config
         self._arguments = list(inspect.signature(type(experts).forward).parameters)[1:4]
         self._hooks: list[RemovableHandle] = []
@@ -316,6 +320,7 @@ class DenseMixerLayer:
             )
         layout = dataclasses.replace(
             _layout(experts),
+            formula=self.formula,
             identities=scored - held if further == "identity" else 0,
             zeros=scored - held if further == "zero" else 0,
         )
@@ -436,6 +441,12 @@ def _layout(experts: Any) -> ExpertLayout:
         transposed=getattr(experts, "is_transposed", False),
         post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
     )
+
+
+def _formula(experts: Any) -> Activation | None:
+    """What the activation of the layout computes. Its parameters have two names in transformers."""
+    alpha, limit = (getattr(experts, f"swiglu_{name}", getattr(experts, name, None)) for name in ("alpha", "limit"))
+    return recognise(_layout(experts).activation, getattr(experts, "has_gate", True), alpha, limit)
 
 
 def _gate_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -34,10 +34,19 @@ def rms_norm(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
 
 
+def clamped(up: Tensor) -> Tensor:
+    """gpt-oss, with a limit that tiny layers reach."""
+    gate, up = up[..., ::2].clamp(max=2.0), up[..., 1::2].clamp(-2.0, 2.0)
+    return (up + 1) * (gate * torch.sigmoid(1.702 * gate))
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "concatenated": concatenated,
     "interleaved": interleaved,
+    "clamped": clamped,
     "ungated": F.relu,
+    "ungated, squared": lambda up: F.relu(up) ** 2,
+    "ungated, tanh": lambda up: F.gelu(up, approximate="tanh"),
 }
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -82,7 +91,7 @@ class Layer:
         def leaf(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
-        width = case.ffn if case.activation == "ungated" else 2 * case.ffn
+        width = case.ffn if case.activation.startswith("ungated") else 2 * case.ffn
         up, down = (width, case.hidden), (case.hidden, case.ffn)
         self.x, self.router = leaf(case.tokens, case.hidden), leaf(case.scored, case.hidden)
         self.weights = ExpertWeights(
