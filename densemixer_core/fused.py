@@ -61,7 +61,7 @@ def expert_dots(x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtyp
     assert layout.formula is not None
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
     formula = layout.formula
-    dots = _fused(
+    dots: Tensor = _fused(
         x,
         g,
         up,

@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (constants in capitals, as Triton has them)
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 """The fused kernel: one program computes ⟨g, E_j(x)⟩ for one expert and a tile of tokens.
 
@@ -20,8 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from densemixer_core.activations import Activation
-
-INTERPRETED = triton.knobs.runtime.interpret
+from densemixer_core.fused import INTERPRETED
 
 
 def _configs() -> list[Any]:
@@ -78,7 +78,9 @@ def _activate(z, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
         return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
 
 
-@triton.autotune(_configs(), key=["experts", "HIDDEN", "FFN", "GATED", "PRECISION"])  # and the tensors' dtypes
+@triton.autotune(
+    _configs(), key=["experts", "up_in", "HIDDEN", "FFN", "GATED", "STEP", "PRECISION"]
+)  # and the tensors' dtypes
 @triton.jit(do_not_specialize=["tokens"])
 def _dots(
     x,  # [tokens, HIDDEN]
@@ -164,6 +166,25 @@ def _dots(
     tl.store(out + expert * tokens + start + rows, dots, mask=rows < left)
 
 
+def constants(hidden: int, ffn: int, activation: Activation, biased: bool) -> dict[str, Any]:
+    """What a kernel is compiled for, besides its tiles."""
+    interleaved = activation.gate == "interleaved"
+    return {
+        "HIDDEN": hidden,
+        "FFN": ffn,
+        "GATED": activation.gate is not None,
+        "STEP": 2 if interleaved else 1,
+        "SHIFT": 1 if interleaved else ffn,
+        "BIAS": biased,
+        "FUNCTION": activation.function,
+        "ALPHA": activation.alpha,
+        "LIMIT": activation.limit,
+        "OFFSET": activation.offset,
+        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
+        "WIDEN": INTERPRETED,
+    }
+
+
 def launch(
     x: Tensor, g: Tensor, up: Tensor, down: Tensor, up_bias: Tensor | None, activation: Activation, transposed: bool
 ) -> Tensor:
@@ -203,17 +224,6 @@ def launch(
             experts,
             *up.stride(),
             *down.stride(),
-            HIDDEN=hidden,
-            FFN=ffn,
-            GATED=activation.gate is not None,
-            STEP=2 if activation.gate == "interleaved" else 1,
-            SHIFT=1 if activation.gate == "interleaved" else ffn,
-            BIAS=up_bias is not None,
-            FUNCTION=activation.function,
-            ALPHA=activation.alpha,
-            LIMIT=activation.limit,
-            OFFSET=activation.offset,
-            PRECISION="ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-            WIDEN=INTERPRETED,
+            **constants(hidden, ffn, activation, biased=up_bias is not None),
         )
     return out

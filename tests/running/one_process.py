@@ -100,7 +100,7 @@ def compiled(
     for module in model.model.layers if regional else [model]:
         module.compile(backend=backend, **options)
     graphs = []
-    for _ in range(3):
+    for _ in range(5):
         model.zero_grad()
         loss_of(model, batch()).backward()
         graphs.append(counters["stats"]["unique_graphs"])

@@ -43,11 +43,16 @@ def test_cell(script: str, cell: str) -> None:
 
 @pytest.mark.parametrize("variation", matrix.MATRIX["one_process"]["torch.compile"])
 def test_compiles_once(variation: str) -> None:
-    """Graphs after each of three steps: the first one checks the routing, so there may be a second set, then none."""
-    first, second, third = report("one_process")[f"torch.compile: {variation}"]["more"]["graphs"]
-    assert second == third
+    """Graphs after each of five steps: the first one checks the routing, so there may be a second set, then none."""
+    first, second, *later = report("one_process")[f"torch.compile: {variation}"]["more"]["graphs"]
+    assert later == [second] * 3
     if variation in ("fullgraph after a step without", "inductor"):
         assert first == second
+
+
+@pytest.mark.parametrize("variation", matrix.MATRIX["liger"]["Liger"])
+def test_the_fused_kernel_computes_in_the_interpreter(variation: str) -> None:
+    assert report("liger")[f"Liger: {variation}"]["more"]["fused"] == [True]
 
 
 @pytest.mark.parametrize("variation", matrix.MATRIX["one_process"]["DPOTrainer"])

@@ -1,0 +1,144 @@
+"""Times the fused kernel against the matrix products expert by expert, and both against the rate of a large product.
+
+Usage, on a machine with a CUDA GPU, torch, Triton and this package: python benchmarks/kernel.py [--help].
+
+The operations are those of one layer's extra backward pass: 6·hidden·ffn for each token and expert. Kernel, products
+and the large product take turns. Prints a table and appends its rows to a CSV. With TRITON_INTERPRET=1 it runs on a
+CPU, slowly, to show that it runs; its times mean nothing there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from densemixer_core import Activation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots
+from densemixer_core.fused import INTERPRETED
+
+SILU = Activation("silu", "concatenated")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: milliseconds, and operations a second over those of the large product."""
+
+    tokens: int
+    what: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    tflops: float
+    of_matmul_rate: float
+    error: float
+
+
+def milliseconds(run: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
+    from densemixer_core.triton_kernel import launch
+
+    dtype = DTYPES[options.dtype]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * scale).to(dtype)
+
+    hidden, ffn, experts, side = options.hidden, options.ffn, options.experts, options.matmul
+    x, g = random(tokens, hidden), random(tokens, hidden)
+    up = random(experts, 2 * ffn, hidden, scale=hidden**-0.5)
+    down = random(experts, hidden, ffn, scale=ffn**-0.5)
+    products = StackedExperts(ExpertWeights(up, down), ExpertLayout(SILU))  # without a formula: never the kernel
+    a, b = random(side, side), random(side, side)
+
+    runs: dict[str, Callable[[], Tensor]] = {
+        "large product": lambda: a @ b,
+        "products": lambda: expert_dots(x, g, products),
+        "kernel": lambda: launch(x, g, up, down, None, SILU, False).t(),
+    }
+    operations = dict.fromkeys(runs, 6.0 * tokens * experts * hidden * ffn) | {"large product": 2.0 * side**3}
+    expected, found = runs["products"](), runs["kernel"]()  # the kernel is tuned here
+    error = ((found - expected).norm() / expected.norm()).item()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for repetition in range(options.repetitions + 2):
+        for name, run in runs.items():
+            elapsed = milliseconds(run, device)
+            if repetition >= 2:  # warm by then
+                times[name].append(elapsed)
+    rate = operations["large product"] / statistics.median(times["large product"])
+    rows = []
+    for name, taken in times.items():
+        low, _, _, high = statistics.quantiles(taken, n=5, method="inclusive")
+        median = statistics.median(taken)
+        speed = operations[name] / median
+        rows.append(Row(tokens, name, median, low, high, speed / 1e9, speed / rate, error if name == "kernel" else 0.0))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192, 16384, 32768])
+    parser.add_argument("--hidden", type=int, default=2048, help="of Qwen3-30B-A3B, as the next two")
+    parser.add_argument("--ffn", type=int, default=768)
+    parser.add_argument("--experts", type=int, default=128)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--matmul", type=int, default=8192, help="rows and columns of the large product")
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--csv", type=Path, default=Path("outputs/benchmarks/kernel.csv"))
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and not INTERPRETED:
+        sys.exit("benchmarks/kernel.py needs a CUDA GPU: torch.cuda.is_available() is False.")
+    import triton
+
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} CPUs, in the interpreter"
+    about = {
+        "time": datetime.datetime.now().isoformat(timespec="seconds"),
+        "machine": machine,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        **{name: getattr(options, name) for name in ("hidden", "ffn", "experts", "dtype")},
+    }
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(f"{'tokens':>7}  {'':13} {'median ms':>10} {'p20':>9} {'p80':>9} {'TFLOP/s':>9} {'of rate':>8}  error")
+    options.csv.parent.mkdir(parents=True, exist_ok=True)
+    new = not options.csv.exists()
+    with options.csv.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*about, *(field.name for field in dataclasses.fields(Row))])
+        if new:
+            writer.writeheader()
+        for tokens in options.tokens:
+            for row in measure(options, tokens, device):
+                writer.writerow(about | dataclasses.asdict(row))
+                print(
+                    f"{row.tokens:7}  {row.what:13} {row.median_ms:10.3f} {row.p20_ms:9.3f} {row.p80_ms:9.3f} "
+                    f"{row.tflops:9.2f} {row.of_matmul_rate:8.1%}  {row.error:.1e}"
+                )
+    print(f"Appended to {options.csv}. error: ‖kernel − products‖ / ‖products‖.")
+
+
+if __name__ == "__main__":
+    torch.set_grad_enabled(False)
+    main()
