@@ -2,7 +2,8 @@
 
 Nobody has measured the kernel on a GPU, so it has to prove itself on each: at the first backward of layers of one shape
 it is compared with the products expert by expert, on random tokens, and is used where it gives the same numbers and is
-faster. This takes its autotuning, which is seconds, and synchronises with the device; later calls do neither.
+faster. This takes its autotuning, which is seconds, some 300 MiB for that time, and synchronises with the device; later
+calls do none of it.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 # ‖kernel − products‖ / ‖products‖: a few roundings of each number, and for float32 what TF32 does to it.
 _TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 4e-3}
 _TRIAL_TOKENS = 16 if INTERPRETED else 4096
+
+_Dots = Callable[[Tensor, Tensor], Tensor]
 
 _used: dict[tuple[object, ...], bool] = {}
 
@@ -113,9 +116,12 @@ def _fused(
     def by_products(x: Tensor, g: Tensor) -> Tensor:
         return expert_dots(x, g, products, x.dtype, workspace_bytes).t()
 
-    layer = (x.device, x.dtype, up.dtype, up.shape, down.shape, up_bias is None, activation, transposed)
+    precision = torch.get_float32_matmul_precision()
+    layer = (x.device, x.dtype, precision, up.dtype, up.shape, down.shape, up_bias is None, activation, transposed)
     if layer not in _used:
-        _used[layer] = _prove(by_kernel, by_products, x)
+        # Without tensor cores there is nothing to gain, and the kernel takes a minute to compile.
+        plain = x.is_cuda and x.dtype == torch.float32 and precision == "highest"
+        _used[layer] = not plain and _prove(by_kernel, by_products, x)
     return (by_kernel if _used[layer] else by_products)(x, g)
 
 
@@ -124,9 +130,7 @@ def _(x: Tensor, g: Tensor, up: Tensor, *_: object) -> Tensor:
     return x.new_empty(up.shape[0], x.shape[0], dtype=torch.float32)
 
 
-def _prove(
-    by_kernel: Callable[[Tensor, Tensor], Tensor], by_products: Callable[[Tensor, Tensor], Tensor], like: Tensor
-) -> bool:
+def _prove(by_kernel: _Dots, by_products: _Dots, like: Tensor) -> bool:
     """Whether the kernel gives the numbers of the products, and on a GPU faster.
 
     On numbers of its own: gradients may be zero, or infinite under a `GradScaler`.
@@ -136,20 +140,19 @@ def _prove(
     x, g = torch.randn(2, _TRIAL_TOKENS, like.shape[1], generator=random, device=like.device, dtype=like.dtype)
     expected = by_products(x, g)
     try:
-        found = by_kernel(x, g)
-    except Exception as error:  # of Triton's compiler, a C compiler, the driver: there are many kinds
+        off = ((by_kernel(x, g) - expected).norm() / expected.norm()).item()
+        if not off <= _TOLERANCE[like.dtype]:
+            logger.warning("%s is off by %.2g, so they are computed one by one. Please report this.", what, off)
+            return False
+        return not like.is_cuda or _is_faster(by_kernel, by_products, x, g, what)
+    except Exception as error:  # of Triton's compiler, a C compiler, the driver, memory: there are many kinds
         logger.warning("%s doesn't run, so they are computed one by one: %s: %s", what, type(error).__name__, error)
         return False
-    error_size = ((found - expected).norm() / expected.norm()).item()
-    if not error_size <= _TOLERANCE[like.dtype]:
-        logger.warning("%s is off by %.2g, so they are computed one by one. Please report this.", what, error_size)
-        return False
-    if not like.is_cuda:
-        return True
+
+
+def _is_faster(by_kernel: _Dots, by_products: _Dots, x: Tensor, g: Tensor, what: str) -> bool:
     from triton.testing import do_bench
 
     kernel, products = (do_bench(lambda run=run: run(x, g), return_mode="median") for run in (by_kernel, by_products))
-    logger.info(
-        "%s takes %.3g ms for %d tokens, one by one %.3g ms: the faster is used", what, kernel, _TRIAL_TOKENS, products
-    )
+    logger.info("%s takes %.3g ms for %d tokens, one by one they take %.3g ms", what, kernel, len(x), products)
     return bool(kernel < products)
