@@ -78,9 +78,8 @@ def _activate(z, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
         return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
 
 
-@triton.autotune(
-    _configs(), key=["experts", "up_in", "HIDDEN", "FFN", "GATED", "STEP", "PRECISION"]
-)  # and the tensors' dtypes
+# Triton adds the tensors' dtypes to the key.
+@triton.autotune(_configs(), key=["experts", "up_in", "HIDDEN", "FFN", "GATED", "STEP", "PRECISION"])
 @triton.jit(do_not_specialize=["tokens"])
 def _dots(
     x,  # [tokens, HIDDEN]

@@ -52,7 +52,7 @@ TOLERANCE = {
 }
 
 # Activations that the fused kernel can't compute; experts with such ones are computed one by one.
-WITHOUT_FORMULA = {"inkling2", "step3p7"}
+WITHOUT_FORMULA = {"inkling2"}
 
 FOUND = architectures.found()
 
