@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from densemixer_core.sampling import Pairs, draw_pairs, typical_size
-
 from densemixer_core import fused
 from densemixer_core.activations import Activation
+from densemixer_core.sampling import Pairs, draw_pairs, typical_size
 
 
 class ExpertWeights(NamedTuple):
@@ -115,7 +114,7 @@ def expert_dots(
     stacked = weights.down.shape[0]
     dots = _all_dots(x, g, stacked, layout)
     rows = max(1, workspace_bytes // _temporary_bytes(weights, dtype))
-    if x.device.type == "cpu" and dtype.itemsize >= 4:
+    if x.device.type == "cpu" and dtype.itemsize >= 4 and not torch.compiler.is_compiling():
         rows = min(rows, _CACHED_ROWS)
     for expert, row in enumerate(dots[:stacked]):
         up, down = weights.up[expert].to(dtype), weights.down[expert].to(dtype)
@@ -167,12 +166,13 @@ def sampled_dots(
     rows = max(1, workspace_bytes // (_temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
 
     def evaluate(pairs: Pairs) -> Iterator[Tensor]:
-        for start in range(0, len(pairs.place), rows):
-            place = pairs.place[start : start + rows]
+        start = 0
+        for place in torch.split(pairs.place, rows):
             expert, token = place // tokens, place % tokens
             up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
             grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
             yield _dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
+            start += len(place)
 
     norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)
     importance = sensitivity[:, :stacked] * norm.unsqueeze(1)
@@ -191,7 +191,8 @@ PAIRS_PER_PILOT = 32
 """Of so many pairs one is spent on the pilot."""
 
 _CACHED_ROWS = 256
-"""How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece.)"""
+"""How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
+graph has one for each number of pieces.)"""
 
 _Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -245,13 +246,26 @@ def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _grouped_affine(ends: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Each row by the matrix of its expert; the rows of expert j, and of ``bias``, come before ``ends[j]``."""
+    product = _opaque_grouped_product if torch.compiler.is_compiling() else _grouped_product
+    output = product(x, weight, ends)
+    return output if bias is None else output + bias
+
+
+def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     aligned = all(extent * x.element_size() % 16 == 0 for extent in weight.shape[1:])
     if aligned and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
-        output = F.grouped_mm(x, weight, offs=ends)
-    else:
-        groups = torch.split(x, ends.diff(prepend=ends.new_zeros(1)).tolist())
-        output = torch.cat([group @ matrix for group, matrix in zip(groups, weight, strict=True)])
-    return output if bias is None else output + bias
+        return F.grouped_mm(x, weight, offs=ends)
+    groups = torch.split(x, ends.diff(prepend=ends.new_zeros(1)).tolist())
+    return torch.cat([group @ matrix for group, matrix in zip(groups, weight, strict=True)])
+
+
+# torch.compile takes torch's grouped product in bfloat16 only.
+_opaque_grouped_product = torch.library.custom_op("densemixer::grouped_product", _grouped_product, mutates_args=())
+
+
+@_opaque_grouped_product.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[2])
 
 
 def _temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:

@@ -8,7 +8,6 @@ unselected expert until the backward, where g is known and [tokens, experts] sca
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -116,11 +115,16 @@ class _StraightThrough(torch.autograd.Function):
             dots, factor = expert_dots(x, rows, experts, call.dtype, workspace), None
         else:
             sensitivity = (score_sensitivity(scores, call.score) * scale).scatter(-1, index, 0.0)
-            count = math.ceil(config.budget * len(x) * (scores.shape[-1] - index.shape[-1]))
+            count = _share(len(x) * (scores.shape[-1] - index.shape[-1]), config.budget)
             dots, factor = sampled_dots(x, rows, sensitivity, count, config.seed, experts, call.dtype, workspace)
         mean = None if y is None else torch.sum(rows * y.reshape(rows.shape), -1, True, dtype=scale.dtype) / total
         extra = extra_score_gradient(dots.to(scale.dtype), index, scale, mean)
         return g, extra if factor is None else extra * factor.to(scale.dtype), None, None
+
+
+def _share(pairs: int, budget: float) -> int:
+    """``budget`` of the pairs, at least one; in whole numbers, which torch.compile can leave open."""
+    return min(pairs, max(1, (pairs * round(budget * (1 << 20)) + (1 << 19)) // (1 << 20)))
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
