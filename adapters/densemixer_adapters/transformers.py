@@ -12,6 +12,7 @@ import inspect
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
@@ -61,11 +62,20 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers, one with an unknown router, or one whose
-            experts don't follow the contract of transformers 5, or are split by its tensor or expert parallelism.
+            experts don't follow the contract of transformers 5, or are split by its tensor or expert parallelism; or
+            Unsloth has been imported.
         ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.
     """
     config = config or DenseMixerConfig()
+    if "unsloth" in sys.modules:
+        # Importing it puts its own forwards into the classes of experts, blocks and PEFT's wrappers. With LoRA on the
+        # experts, the weights that DenseMixer would compute with are never made.
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: Unsloth has been imported in this process, and replaces the forwards of "
+            "Mixture-of-Experts layers and of LoRA by its own, which DenseMixer can't follow. Train without `import "
+            "unsloth`, or switch DenseMixer off."
+        )
     layers = list(_find_layers(model, config))
     if not layers:
         raise UnsupportedModelError(
@@ -305,6 +315,12 @@ class DenseMixerLayer:
             weights = weights._replace(scale=scale)
             if derivation:
                 derivation = dataclasses.replace(derivation, sources=derivation.sources._replace(scale=scale))
+        if weights.down.is_meta:
+            raise UnsupportedModelError(
+                f"{self.name}: the weights of its experts are not there after their forward: accelerate offloads them "
+                "(a device_map with `cpu` or `disk`, or cpu_offload). Load the model without, or offload with FSDP2 or "
+                "ZeRO-3; or switch DenseMixer off."
+            )
         held = weights.down.shape[0]
         further = self._router.further
         if scored < held:
@@ -341,8 +357,10 @@ class DenseMixerLayer:
 def _find_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, block and the name of its router ("" if it has none), of every Mixture-of-Experts layer."""
     for name, block in model.named_modules():
-        router_name = next((r for r in ROUTER_NAMES if isinstance(getattr(block, r, None), nn.Module)), "")
-        if is_refused(block) or (router_name and isinstance(getattr(block, "experts", None), nn.Module)):
+        # Its own modules: wrappers (torch.compile, FSDP1, activation checkpointing) lend out those of what they wrap.
+        own = dict(block.named_children())
+        router_name = next((name for name in ROUTER_NAMES if name in own), "")
+        if is_refused(block) or (router_name and "experts" in own):
             yield name, block, router_name
 
 
