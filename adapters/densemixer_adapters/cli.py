@@ -6,12 +6,13 @@ import dataclasses
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from densemixer_adapters import _boot
+from densemixer_adapters import _boot, site_hook
 from densemixer_adapters.doctor import examine
 
 app = typer.Typer(help="DenseMixer in training frameworks.", no_args_is_help=True, add_completion=False)
@@ -136,37 +137,64 @@ def _build(checkpoint: str) -> Any:
 
 
 @app.command()
-def setup() -> None:
-    """Say how DenseMixer starts. The original had to be set up by this command; here there is nothing to do."""
-    if _boot.is_live():
-        typer.echo(
-            "Nothing to set up: the hook runs in every Python process of this environment. Set DENSEMIXER_ENABLED=1, "
-            "or use your framework's own switch."
-        )
-    else:
-        typer.echo(
-            "The hook doesn't run in this environment. `densemixer doctor` says why; `densemixer run -- COMMAND` "
-            "starts a command with it."
-        )
-        raise typer.Exit(1)
+def setup(
+    remove: Annotated[bool, typer.Option("--remove", help="Delete the file that this command wrote.")] = False,
+) -> None:
+    """Install the hook where it doesn't run yet: one file in this environment's site-packages.
+
+    The original had to be set up by this command. Here pip does it, and nothing is left to do, but where Python runs no
+    .pth files of the folder that the package is in (pip install --target and PYTHONPATH). It says what it wrote. The
+    exit status is 1 if the hook can't be installed, or deleted.
+    """
+    try:
+        typer.echo(_remove_hook() if remove else _install_hook())
+    except site_hook.SetupError as error:
+        typer.echo(f"densemixer setup: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _install_hook() -> str:
+    use = f"Set {_boot.ENABLED}=1, or use your framework's own switch."
+    if _boot.is_switched_off():
+        raise site_hook.SetupError(f"{_boot.SWITCH}={os.environ[_boot.SWITCH]} switches the hook off; unset it")
+    if sys.flags.no_site:
+        raise site_hook.SetupError("python -S runs no .pth files; leave out -S")
+    if site_hook.runs_in_new_processes():
+        return f"Nothing to set up: the hook runs in every Python process of this environment. {use}"
+    file = site_hook.install()
+    return (
+        f"Wrote {file}: from now on the hook runs in every Python process of this environment that can import "
+        f"densemixer_adapters. {use} `densemixer setup --remove` undoes it."
+    )
+
+
+def _remove_hook() -> str:
+    file = site_hook.remove()
+    if file is not None:
+        return f"Deleted {file}."
+    return f"Nothing to remove: there is no {site_hook.path()}. What pip installed, `pip uninstall` removes."
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context) -> None:
-    """Run COMMAND with the hooks live in it and in its child processes, where an install's .pth files don't run.
+    """Run COMMAND with DenseMixer for each model that transformers loads in it or in its child processes.
 
     Usage: densemixer run -- COMMAND [ARGUMENTS]...
+
+    It sets DENSEMIXER_ENABLED=1, unless that variable is set already, and has the hooks live also where an install's
+    .pth files don't run. With DENSEMIXER_ENABLED=0 only a framework's own switch switches DenseMixer on. The exit
+    status is COMMAND's, or 127 if there is no such command.
     """
     command = context.args
     if not command:
-        raise typer.BadParameter("give a command, e.g. densemixer run -- llamafactory-cli train my.yaml")
+        raise typer.BadParameter("give a command, e.g. densemixer run -- python train.py")
     if _boot.is_switched_off():
         raise typer.BadParameter(f"{_boot.SWITCH}={os.environ[_boot.SWITCH]} switches the hooks off; unset it")
     if shutil.which(command[0]) is None:
         typer.echo(f"densemixer run: command not found: {command[0]}", err=True)
         raise typer.Exit(127)
     path = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
-    os.execvpe(command[0], command, {**os.environ, "PYTHONPATH": path})
+    os.execvpe(command[0], command, {_boot.ENABLED: "1", **os.environ, "PYTHONPATH": path})
 
 
 if __name__ == "__main__":

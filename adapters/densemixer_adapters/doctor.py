@@ -17,10 +17,10 @@ from typing import Literal
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from densemixer_adapters import _boot
+from densemixer_adapters import _boot, site_hook
 
 DISTRIBUTION = "densemixer-adapters"
-STARTUP_FILES = ("densemixer.pth", "densemixer.start")
+STARTUP_FILES = ("densemixer.pth", "densemixer.start", site_hook.FILE)
 LAUNCHERS = {"llamafactory": ("llamafactory-cli", "torchrun")}
 """The commands that start a framework's processes, by its distribution."""
 
@@ -81,7 +81,7 @@ def _startup() -> Check:
         name,
         "problem",
         "not live: installed in a folder where Python runs no .pth files (e.g. pip install --target)",
-        "install into a virtual environment, or start your command with `densemixer run -- COMMAND`",
+        "`densemixer setup` writes one there where they run; or start your command with `densemixer run -- COMMAND`",
     )
 
 

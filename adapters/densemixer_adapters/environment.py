@@ -3,7 +3,8 @@
 Every model that transformers loads (``from_pretrained``, ``from_config``) gets DenseMixer if it is a
 Mixture-of-Experts. `patch_modeling_utils` is called by the boot hook (`densemixer_adapters._boot`), in every process
 that imports transformers, so the children of torchrun and Ray's workers are reached too. A layer that doesn't train, as
-in a reference model, costs nothing. Where a framework's own switch asks for DenseMixer too, its options are used.
+in a reference model, costs nothing. A framework's own switch takes precedence: with its options where it asks for
+DenseMixer, and where it says no.
 
 ========================  ==========================================================================================
 ``DENSEMIXER_ENABLED``    ``1`` switches it on
@@ -28,7 +29,8 @@ from typing import Any
 from torch import nn
 
 from densemixer_adapters._boot import ENABLED, OFF
-from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, has_experts
+from densemixer_adapters.deepspeed import mark_leaf_modules
+from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer, has_experts
 from densemixer_core import DenseMixerConfig
 
 logger = logging.getLogger("densemixer")
@@ -131,6 +133,8 @@ def attach(model: nn.Module, settings: Settings) -> None:
     Raises:
         UnsupportedModelError: It has experts that DenseMixer can't train. The message says how to leave it out.
     """
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
     model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if not settings.wants(model_type):
         return
@@ -138,11 +142,23 @@ def attach(model: nn.Module, settings: Settings) -> None:
         logger.info("%s=1: %s has no Mixture-of-Experts layers, so nothing is attached", ENABLED, type(model).__name__)
         return
     try:
-        apply_densemixer(model, settings.config).gives_way = True
+        handle = apply_densemixer(model, settings.config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{ENABLED}=1: {error} To train other model types only, name them in {MODELS}."
         ) from None
+    handle.gives_way = True
+    if is_deepspeed_zero3_enabled():
+        mark_leaf_modules(handle)
+
+
+def detach(model: nn.Module) -> None:
+    """Remove what `attach` attached, and nothing else: a framework's own switch says no."""
+    for module in model.modules():
+        for hook in list(module._forward_hooks.values()):
+            layer = getattr(hook, "__self__", None)
+            if isinstance(layer, DenseMixerLayer):
+                layer.give_way()
 
 
 def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:

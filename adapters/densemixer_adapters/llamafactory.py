@@ -1,6 +1,7 @@
 """DenseMixer in LLaMA-Factory: ``use_densemixer: true`` in the YAML.
 
-The optional second key ``densemixer`` takes a mapping with the fields of `densemixer_core.DenseMixerConfig`.
+The optional second key ``densemixer`` takes a mapping with the fields of `densemixer_core.DenseMixerConfig`. An
+explicit ``use_densemixer: false`` says no to ``DENSEMIXER_ENABLED=1`` too.
 
 The functions ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), each right after its module of
 LLaMA-Factory was imported. Two modules per engine: the one with the arguments, so that its strict parser knows our
@@ -20,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from densemixer_adapters.deepspeed import mark_leaf_modules
+from densemixer_adapters.environment import detach
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
@@ -53,12 +55,15 @@ def patch_loader(module: Any) -> None:
         tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, add_valuehead: bool = False
     ) -> Any:
         # The key is missing if its patch failed, which must not stop those who don't use it.
-        train = is_trainable and getattr(finetuning_args, "use_densemixer", False)
+        use = getattr(finetuning_args, "use_densemixer", None)
+        train = is_trainable and use
         if train:
             _check_model_args(model_args)
         model = original(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
         if train:
             _attach(model, finetuning_args.densemixer, _logger(), FIXES.get(finetuning_args.finetuning_type))
+        elif use is False:
+            detach(model)
         return model
 
     load_model.densemixer = True  # type: ignore[attr-defined]
@@ -73,9 +78,12 @@ def patch_v1_model_engine(module: Any) -> None:
     @functools.wraps(original)
     def _init_model(self: Any) -> Any:
         model = original(self)
-        if self.is_train and getattr(self.args, "use_densemixer", False):
+        use = getattr(self.args, "use_densemixer", None)
+        if self.is_train and use:
             fix = FIXES.get(f"v1 {self.args.peft_config.name}") if self.args.peft_config else None
             _attach(model, self.args.densemixer, _v1_logger(), fix)
+        elif use is False:
+            detach(model)
         return model
 
     _init_model.densemixer = True  # type: ignore[attr-defined]
@@ -88,7 +96,7 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
     def post_init(self: Any) -> None:
         arguments.__post_init__(self)  # type: ignore[attr-defined]
         self.densemixer = _parse_options(self.densemixer)
-        if not isinstance(self.use_densemixer, bool):
+        if not isinstance(self.use_densemixer, bool | None):
             raise ValueError(f"use_densemixer must be true or false, got {self.use_densemixer!r}")
         if self.use_densemixer:
             check(self)
@@ -96,7 +104,7 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
             logging.getLogger("densemixer").warning("densemixer has no effect without use_densemixer: true.")
 
     use = dataclasses.field(
-        default=False,
+        default=None,  # false, unless DENSEMIXER_ENABLED=1 says otherwise
         metadata={"help": "Whether or not to train the routers of an MoE model through all experts (DenseMixer)."},
     )
     options = dataclasses.field(
@@ -108,7 +116,7 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
     subclass = dataclasses.make_dataclass(
         arguments.__name__,
         # The argument parser of transformers asks for a `str` in a union.
-        [("use_densemixer", bool, use), ("densemixer", dict | str | None, options)],
+        [("use_densemixer", bool | None, use), ("densemixer", dict | str | None, options)],
         bases=(arguments,),
         namespace={"__post_init__": post_init, "__doc__": arguments.__doc__},
     )

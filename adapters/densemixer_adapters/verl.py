@@ -1,7 +1,8 @@
 """DenseMixer in verl: ``+actor_rollout_ref.model.override_config.densemixer=true`` on the command line.
 
 ``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping
-with the fields of `densemixer_core.DenseMixerConfig` gives options. The engines ``fsdp`` and ``fsdp2`` are served.
+with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` says no to ``DENSEMIXER_ENABLED=1`` too.
+The engines ``fsdp`` and ``fsdp2`` are served.
 
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from densemixer_adapters import _boot
+from densemixer_adapters.environment import detach
 from densemixer_adapters.metrics import RouterGradients
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
@@ -33,11 +35,10 @@ def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
     Raises:
         ValueError: Our key's value or an option is wrong, or a key looks like a misspelling of ours.
     """
-    places = [override_config, override_config.get("model_config") or {}]
-    for key in (key for place in places for key in place):
+    for key in (key for place in _places(override_config) for key in place):
         if key != KEY and difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8):
             raise ValueError(f"override_config.{key}: no such key; did you mean {SWITCH}?")
-    value = next((place[KEY] for place in places if KEY in place), None)
+    value = _value(override_config)
     if value is None or value is False:
         return None
     if value is True:
@@ -114,6 +115,8 @@ def patch_fsdp_engine(module: Any) -> None:
                 raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
             if self.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
                 print(f"DenseMixer trains the routers of {len(self._densemixer.layers)} layers: {options}")
+        elif _value(_override_config(self.model_config)) is False:
+            detach(model)
         return model
 
     @functools.wraps(build_lora)
@@ -158,7 +161,19 @@ def patch_training_worker(module: Any) -> None:
 
 
 def _options(model_config: Any) -> DenseMixerConfig | None:
-    return read_options(getattr(model_config, "override_config", None) or {})
+    return read_options(_override_config(model_config))
+
+
+def _override_config(model_config: Any) -> Mapping[str, Any]:
+    return getattr(model_config, "override_config", None) or {}
+
+
+def _places(override_config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [override_config, override_config.get("model_config") or {}]
+
+
+def _value(override_config: Mapping[str, Any]) -> Any:
+    return next((place[KEY] for place in _places(override_config) if KEY in place), None)
 
 
 def _attached(engine: Any) -> RouterGradients | None:

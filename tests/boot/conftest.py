@@ -31,7 +31,17 @@ def full(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
 @pytest.fixture(scope="session")
 def target(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
     """An environment with the wheel in a folder of its own, ``pip install --target``: its .pth files don't run."""
-    environment = Environment.create(tmp_path_factory.mktemp("environments") / "target")
+    return create_target(tmp_path_factory.mktemp("environments") / "target", wheel)
+
+
+@pytest.fixture
+def own_target(tmp_path: Path, wheel: Path) -> Environment:
+    """The same, for a test that changes it."""
+    return create_target(tmp_path / "target", wheel)
+
+
+def create_target(folder: Path, wheel: Path) -> Environment:
+    environment = Environment.create(folder)
     environment.borrow()
     environment.install(wheel, "--target", environment.folder / "target")
     return environment

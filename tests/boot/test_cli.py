@@ -1,4 +1,4 @@
-"""``densemixer doctor`` and ``densemixer run``."""
+"""``densemixer doctor``, ``setup`` and ``run``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from installs import Environment
 pytest.importorskip("typer", reason="needs typer, which the package requires; install it with pip")
 
 DOCTOR = ("-m", "densemixer_adapters.cli", "doctor")
+SETUP = ("-m", "densemixer_adapters.cli", "setup")
 RUN = ("-m", "densemixer_adapters.cli", "run", "--")
 LIVE = "from densemixer_adapters import _boot; print(_boot.is_live())"
 
@@ -82,6 +83,7 @@ def test_a_launcher_of_another_environment(full: Environment, tmp_path: Path) ->
 def test_where_pth_files_do_not_run(target: Environment) -> None:
     status, checks = report(target, PYTHONPATH=str(target.folder / "target"))
     assert status == 1
+    assert "densemixer setup" in checks["startup hook"]["fix"]
     assert "densemixer run" in checks["startup hook"]["fix"]
 
 
@@ -92,6 +94,17 @@ def test_run_reaches_child_processes_where_pth_files_do_not_run(target: Environm
     for code in (LIVE, child):
         done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path)
         assert (done.stdout.split(), done.stderr) == (["True"], "")
+
+
+@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": "0"}])
+def test_run_enables_densemixer_unless_told_otherwise(target: Environment, variables: dict[str, str]) -> None:
+    path = str(target.folder / "target")
+    code = (
+        "import os; from densemixer_adapters import _boot; "
+        "print(os.environ['DENSEMIXER_ENABLED'], 'transformers.modeling_utils' in _boot.PATCHES)"
+    )
+    done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path, **variables)
+    assert done.stdout == ("0 False\n" if variables else "1 True\n"), done.stderr
 
 
 def test_run_keeps_a_sitecustomize_that_was_there(target: Environment, tmp_path: Path) -> None:
@@ -115,3 +128,60 @@ def test_run_says_what_is_wrong_with_its_use(full: Environment) -> None:
     off = full.run(full.python, *RUN, "python", DENSEMIXER_BOOT="0")
     assert off.returncode == 2
     assert "unset it" in off.stderr
+
+
+def test_setup_where_nothing_is_needed(full: Environment) -> None:
+    before = sorted(full.packages.iterdir())
+    done = full.run(full.python, *SETUP)
+    assert (done.returncode, sorted(full.packages.iterdir())) == (0, before)
+    assert done.stdout.startswith("Nothing to set up: the hook runs in every Python process of this environment.")
+    done = full.run(full.python, *SETUP, "--remove")
+    assert (done.returncode, sorted(full.packages.iterdir())) == (0, before)
+    assert done.stdout.startswith("Nothing to remove: ")
+
+
+def test_setup_installs_the_hook_and_undoes_it(own_target: Environment) -> None:
+    path = str(own_target.folder / "target")
+    before = sorted(own_target.packages.iterdir())
+    file = own_target.packages / "densemixer-setup.pth"
+
+    done = own_target.run(own_target.python, *SETUP, PYTHONPATH=path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert str(file) in done.stdout
+    assert "`densemixer setup --remove` undoes it" in done.stdout
+    assert sorted(own_target.packages.iterdir()) == sorted([*before, file])
+    assert own_target.run(own_target.python, "-c", LIVE, PYTHONPATH=path).stdout == "True\n"
+    assert report(own_target, PYTHONPATH=path)[1]["startup hook"]["state"] == "ok"
+    # Without the package on the path nothing is said or imported; with -S, Python doesn't read the file.
+    without = own_target.run(own_target.python, "-c", "import sys; print('densemixer_adapters' in sys.modules)")
+    assert (without.stdout, without.stderr) == ("False\n", "")
+    assert own_target.run(own_target.python, *SETUP, PYTHONPATH=path).stdout.startswith("Nothing to set up")
+
+    done = own_target.run(own_target.python, *SETUP, "--remove", PYTHONPATH=path)
+    assert (done.returncode, done.stdout) == (0, f"Deleted {file}.\n")
+    assert sorted(own_target.packages.iterdir()) == before
+    assert own_target.run(own_target.python, "-c", LIVE, PYTHONPATH=path).stdout == "False\n"
+
+
+def test_setup_says_why_it_cannot(own_target: Environment) -> None:
+    path = str(own_target.folder / "target")
+    before = sorted(own_target.packages.iterdir())
+
+    def refusal(*options: str, **variables: str) -> str:
+        done = own_target.run(own_target.python, *options, *SETUP, **{"PYTHONPATH": path, **variables})
+        assert (done.returncode, done.stdout, sorted(own_target.packages.iterdir())) == (1, "", before)
+        return done.stderr
+
+    borrowed = f"{path}:{(own_target.packages / 'zz_borrowed.pth').read_text().strip()}"
+    assert "python -S runs no .pth files" in refusal("-S", PYTHONPATH=borrowed)
+    assert "DENSEMIXER_BOOT=0 switches the hook off; unset it" in refusal(DENSEMIXER_BOOT="0")
+    code = f"import sys; sys.path.insert(0, {path!r}); from densemixer_adapters.cli import app; app(['setup'])"
+    done = own_target.run(own_target.python, "-c", code)
+    assert (done.returncode, sorted(own_target.packages.iterdir())) == (1, before)
+    assert f"a new Python process didn't run the hook, so the file is deleted again. Put {path} on" in done.stderr
+    # A folder in the file's place: it can't be written, whoever runs the tests.
+    (own_target.packages / "densemixer-setup.pth").mkdir()
+    before = sorted(own_target.packages.iterdir())
+    error = refusal()
+    assert f"can't write {own_target.packages / 'densemixer-setup.pth'}" in error
+    assert "densemixer run -- COMMAND" in error

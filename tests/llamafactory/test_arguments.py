@@ -14,6 +14,7 @@ from installs import run
 from llamafactory_runs import SCRIPTS, LlamaFactory
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from densemixer_adapters.environment import patch_modeling_utils
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError
 
 
@@ -119,6 +120,28 @@ def test_options_without_the_switch(arguments: dict[str, Any], messages: list[st
     model = load({**arguments, "use_densemixer": False, "densemixer": {"estimator": "centered"}})
     assert not attached_layers(model)
     assert "densemixer has no effect without use_densemixer: true." in messages
+
+
+@pytest.mark.parametrize(
+    ("keys", "attached"),
+    [
+        ({}, {"model.layers.0.mlp", "model.layers.1.mlp"}),
+        ({"use_densemixer": False}, set()),
+        ({"use_densemixer": True, "densemixer": {"layers": [-1]}}, {"model.layers.1.mlp"}),
+    ],
+    ids=["without the key", "false", "true"],
+)
+def test_the_key_takes_precedence_over_the_environment(
+    arguments: dict[str, Any], keys: dict[str, Any], attached: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import PreTrainedModel, modeling_utils
+
+    for name in ("from_pretrained", "_from_config"):
+        monkeypatch.setattr(PreTrainedModel, name, vars(PreTrainedModel)[name])  # to be restored afterwards
+    patch_modeling_utils(modeling_utils)
+    monkeypatch.setenv("DENSEMIXER_ENABLED", "1")
+    del arguments["use_densemixer"]
+    assert attached_layers(load({**arguments, **keys})) == attached
 
 
 def test_the_arguments_can_be_pickled(arguments: dict[str, Any]) -> None:
