@@ -24,7 +24,7 @@ def full(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Environment:
     """The wheel, and all packages of the environment that runs the tests."""
     environment = Environment.create(tmp_path_factory.mktemp("environments") / "full")
     environment.install(wheel)
-    environment.borrow()
+    environment.borrow("torchrun")
     return environment
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
-from installs import Environment, build_wheel
+from installs import Environment, build_wheel, is_installed
 
 pytest.importorskip("transformers", reason="needs transformers; run `nox -s llamafactory`")
 
@@ -209,6 +211,28 @@ def test_children_inherit_it_and_only_the_first_rank_speaks(
     done = full.run(full.python, "-c", code, cases, DENSEMIXER_ENABLED="1", **variables)
     assert json.loads(done.stdout)[0] > 1e-3
     assert done.stderr.count("densemixer|") == lines
+
+
+def test_torchrun_and_models_that_zero3_partitions_as_they_are_loaded(full: Environment, tmp_path: Path) -> None:
+    """On two ranks, with gradients equal to those of the oracle in one process."""
+    if not is_installed("deepspeed"):
+        pytest.skip("needs deepspeed 0.19.8; run `nox -s llamafactory`")
+    tests = Path(__file__).parents[1]
+    variables = {
+        "PYTHONPATH": ":".join(str(folder) for folder in (tests, tests / "transformers", tests / "running")),
+        # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
+        "PATH": f"{full.scripts}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    report = tmp_path / "report.json"
+    command = [full.scripts / "torchrun", "--standalone", "--nproc-per-node=2", tests / "boot" / "zero3.py", report]
+    done = full.run(*command, **variables, DENSEMIXER_ENABLED="1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads(report.read_text())
+    assert found["partitioned"]
+    assert found["leaf modules"]
+    assert found["error"] <= found["allowed"]
+    assert found["difference"] > 0.1  # from conventional training
 
 
 def test_a_program_without_transformers_imports_nothing_more(bare: Environment) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import oracle
 import torch
 import torch.distributed as dist
+import transformers
 from tensordict.tensorclass import NonTensorData
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
@@ -31,6 +32,8 @@ from verl.workers.config import (
 from verl.workers.config.engine import QATEngineConfig
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.losses import sft_loss
+
+from densemixer_adapters.environment import patch_modeling_utils
 
 ON = {"densemixer": True}
 PACKED = {"attn_implementation": "packed_on_cpu"}  # of `support/cpu_platform`
@@ -185,6 +188,12 @@ def main(assets: Path, report: Path) -> None:
         if dist.get_rank() == 0:
             print(name, results[name], flush=True)
             report.write_text(json.dumps(results))
+    patch_modeling_utils(transformers.modeling_utils)  # as the boot hook does where the environment asks for it
+    os.environ["DENSEMIXER_ENABLED"] = "1"
+    for name, override in {"environment": {}, "environment, off": {"densemixer": False}}.items():
+        results[name] = {"layers": count_layers(build(assets, override, {}, {}).engine.module)}
+    if dist.get_rank() == 0:
+        report.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -55,6 +55,11 @@ def test_nothing_is_attached_where_nothing_is_trained_or_wanted(report: dict[str
     assert report["off"]["metrics"] == {}
 
 
+def test_the_key_takes_precedence_over_the_environment(report: dict[str, Any]) -> None:
+    assert report["environment"]["layers"] == 2
+    assert report["environment, off"]["layers"] == 0
+
+
 @pytest.mark.parametrize("setting", ["plain", "padded", "dynamic batch sizes", "centered", "conventional"])
 def test_the_metrics_are_those_of_the_oracle(report: dict[str, Any], setting: str) -> None:
     metrics, expected = report[setting]["metrics"], report[setting]["expected"]
