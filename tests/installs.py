@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -51,11 +50,11 @@ class Environment:
         self.folder = folder
         self.scripts = folder / "bin"
         self.python = self.scripts / "python"
-        self.packages = folder / "lib" / f"python3.{sys.version_info.minor}" / "site-packages"
+        (self.packages,) = folder.glob("lib/python3.*/site-packages")
 
     @classmethod
-    def create(cls, folder: Path) -> Environment:
-        venv.create(folder, symlinks=True)
+    def create(cls, folder: Path, python: Path | str = sys.executable) -> Environment:
+        run([python, "-m", "venv", "--symlinks", "--without-pip", folder]).check_returncode()
         return cls(folder)
 
     def install(self, wheel: Path, *options: str | Path) -> None:
