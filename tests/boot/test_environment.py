@@ -24,12 +24,19 @@ logging.basicConfig(level=logging.INFO, format="%(name)s|%(levelname)s|%(message
 class Subclass(Qwen3MoeForCausalLM):
     pass
 
+class Composite(Qwen3MoeForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = AutoModel.from_config(config)
+
 def load(how, folder):
     config = AutoConfig.from_pretrained(folder)
     if how == "from_config":
         return AutoModelForCausalLM.from_config(config)
     if how == "a subclass":
         return Subclass.from_pretrained(folder)
+    if how == "a part made by itself":
+        return Composite.from_pretrained(folder)
     if how == "the meta device":
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -64,7 +71,15 @@ for how, folder, variables in json.loads(sys.argv[1]):
         results.append(str(error))
 print(json.dumps(results))
 """
-HOWS = ("from_pretrained", "from_config", "a subclass", "the meta device", "loading info", "without a head")
+HOWS = (
+    "from_pretrained",
+    "from_config",
+    "a subclass",
+    "a part made by itself",
+    "the meta device",
+    "loading info",
+    "without a head",
+)
 VARIABLES: dict[str, tuple[str, dict[str, str], bool]] = {
     "qwen3 off": ("qwen3", {"DENSEMIXER_QWEN3": "0"}, False),
     "others off": ("qwen3", {"DENSEMIXER_OLMOE": "0", "DENSEMIXER_QWEN2": "off"}, True),
