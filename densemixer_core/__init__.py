@@ -18,12 +18,13 @@ from densemixer_core.activations import Activation, recognise
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.experts import Derivation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, weight_per_score
-from densemixer_core.straight_through import straight_through
+from densemixer_core.straight_through import ExpertDots, straight_through
 
 __all__ = [
     "Activation",
     "DenseMixerConfig",
     "Derivation",
+    "ExpertDots",
     "ExpertLayout",
     "ExpertWeights",
     "RoutingMismatchError",

@@ -20,6 +20,9 @@ from densemixer_core.estimators import extra_score_gradient
 from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import score_sensitivity, weight_per_score
 
+ExpertDots = Callable[[Tensor, Tensor], Tensor]
+"""From x and g, [tokens, hidden] each, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts]."""
+
 
 def straight_through(
     output: Tensor,
@@ -28,7 +31,7 @@ def straight_through(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
-    experts: StackedExperts,
+    experts: StackedExperts | ExpertDots,
     score: str,
     renormalised: bool,
     config: DenseMixerConfig,
@@ -47,21 +50,26 @@ def straight_through(
         weights: The weights w that the host gave them, [tokens, k].
         experts: The experts; their weights receive no gradient from here. Parameters that a framework frees or
             partitions after the forward must be live again, as the same tensors, when the backward comes. Weights with
-            a derivation are not kept: the backward computes them again.
+            a derivation are not kept: the backward computes them again. Where they aren't stacked, or not all in this
+            process, a function that evaluates them: it is called in the backward, without gradient tracking, and for
+            all of them, so it needs a budget of 1.
         score: The function that made the scores of logits, one of `routing.SCORE_FUNCTIONS`.
         renormalised: Whether the host divides the selected scores by their sum.
         config: The options.
     """
     if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad):
         return output
-    derivation = experts.derivation
-    call = _Call(
-        experts.layout,
-        None if derivation is None else derivation.compute,
-        _compute_dtype(experts.weights.up),
-        score,
-        config,
-    )
+    kept: tuple[Tensor | None, ...] = ()
+    how: _Stacked | ExpertDots
+    if isinstance(experts, StackedExperts):
+        derivation = experts.derivation
+        kept = experts.weights if derivation is None else derivation.sources
+        compute = None if derivation is None else derivation.compute
+        how = _Stacked(experts.layout, compute, _compute_dtype(experts.weights.up))
+    elif config.budget < 1:
+        raise ValueError(f"budget={config.budget} needs stacked experts in this process; set it to 1")
+    else:
+        how = experts
     weights = weights.detach().to(scores.dtype)
     centered = config.estimator == "centered" and renormalised
     saved = (
@@ -70,24 +78,31 @@ def straight_through(
         weight_per_score(scores, index, weights),
         scores.detach() if config.budget < 1 else None,
         *((output.detach(), weights.sum(-1, keepdim=True)) if centered else (None, None)),
-        *(experts.weights if derivation is None else derivation.sources),
+        *kept,
     )
-    return _StraightThrough.apply(output, scores, saved, call)  # type: ignore[no-any-return,no-untyped-call]
+    return _StraightThrough.apply(output, scores, saved, _Call(how, score, config))  # type: ignore[no-any-return,no-untyped-call]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stacked:
+    """How to compute with stacked experts, besides their tensors."""
+
+    layout: ExpertLayout
+    compute: Callable[[ExpertWeights], ExpertWeights] | None
+    dtype: torch.dtype
+
+    def experts(self, kept: Iterable[Tensor]) -> StackedExperts:
+        weights = ExpertWeights(*kept)
+        return StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
     """What the backward needs besides tensors."""
 
-    layout: ExpertLayout
-    compute: Callable[[ExpertWeights], ExpertWeights] | None
-    dtype: torch.dtype
+    how: _Stacked | ExpertDots
     score: str
     config: DenseMixerConfig
-
-    def experts(self, kept: Iterable[Tensor]) -> StackedExperts:
-        weights = ExpertWeights(*kept)
-        return StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -105,18 +120,19 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
-        config = call.config
+        how, score, config = ctx.call.how, ctx.call.score, ctx.call.config
         x, index, scale, scores, y, total, *kept = ctx.saved_tensors
         x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        experts = call.experts(kept)
-        workspace = config.workspace_mb << 20
-        if scores is None:
-            dots, factor = expert_dots(x, rows, experts, call.dtype, workspace), None
+        workspace, factor = config.workspace_mb << 20, None
+        if not isinstance(how, _Stacked):
+            dots = how(x, rows)
+        elif scores is None:
+            dots = expert_dots(x, rows, how.experts(kept), how.dtype, workspace)
         else:
-            sensitivity = (score_sensitivity(scores, call.score) * scale).scatter(-1, index, 0.0)
+            sensitivity = (score_sensitivity(scores, score) * scale).scatter(-1, index, 0.0)
             count = _share(len(x) * (scores.shape[-1] - index.shape[-1]), config.budget)
-            dots, factor = sampled_dots(x, rows, sensitivity, count, config.seed, experts, call.dtype, workspace)
+            experts = how.experts(kept)
+            dots, factor = sampled_dots(x, rows, sensitivity, count, config.seed, experts, how.dtype, workspace)
         mean = None if y is None else torch.sum(rows * y.reshape(rows.shape), -1, True, dtype=scale.dtype) / total
         extra = extra_score_gradient(dots.to(scale.dtype), index, scale, mean)
         return g, extra if factor is None else extra * factor.to(scale.dtype), None, None

@@ -13,7 +13,7 @@ from layers import Case, Layer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from densemixer_core import DenseMixerConfig, StackedExperts, expert_dots
+from densemixer_core import DenseMixerConfig, StackedExperts, expert_dots, straight_through
 from densemixer_core.estimators import ESTIMATORS, extra_score_gradient
 
 cases = st.builds(
@@ -119,6 +119,32 @@ def test_leading_dimensions_are_kept() -> None:
     through = layer.attached(DenseMixerConfig(), leading=(3, 4))
     assert through.shape == (3, 4, layer.case.hidden)
     assert_equal_gradients(layer.gradients(through), layer.truth("densemixer"), 1e-10)
+
+
+def test_a_function_may_evaluate_the_experts() -> None:
+    """For experts in other processes. It is called once, in the backward, with rows and without gradient tracking."""
+    layer = Layer(Case(tokens=12))
+    calls = []
+
+    def evaluate(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+        calls.append((x.shape, torch.is_grad_enabled()))
+        return expert_dots(x, g, StackedExperts(layer.weights, layer.layout))
+
+    output, scores, weights = layer.host()
+    through = straight_through(
+        output.view(3, 4, -1),
+        scores,
+        x=layer.x.view(3, 4, -1),
+        index=layer.index,
+        weights=weights,
+        experts=evaluate,
+        score="softmax",
+        renormalised=True,
+        config=DenseMixerConfig(),
+    )
+    assert calls == []
+    assert_equal_gradients(layer.gradients(through), layer.truth("densemixer"), 1e-10)
+    assert calls == [(layer.x.shape, False)]
 
 
 def test_an_expanded_gradient_is_accepted() -> None:
