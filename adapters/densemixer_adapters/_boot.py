@@ -24,6 +24,8 @@ PATCHES = {
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
     "llamafactory.v1.core.model_engine": "densemixer_adapters.llamafactory:patch_v1_model_engine",
+    "megatron.core.transformer.moe.moe_layer": "densemixer_adapters.megatron:patch_moe_layer",
+    "megatron.core.transformer.transformer_config": "densemixer_adapters.megatron:patch_transformer_config",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
     "verl.workers.config.model": "densemixer_adapters.verl:patch_model_config",
     "verl.workers.engine.base": "densemixer_adapters.verl:patch_engine_registry",

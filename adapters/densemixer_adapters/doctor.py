@@ -23,6 +23,8 @@ DISTRIBUTION = "densemixer-adapters"
 STARTUP_FILES = ("densemixer.pth", "densemixer.start", site_hook.FILE)
 LAUNCHERS = {"llamafactory": ("llamafactory-cli", "torchrun")}
 """The commands that start a framework's processes, by its distribution."""
+DISTRIBUTIONS = {"megatron": "megatron-core"}
+"""The distribution that a framework's package comes from, where it has another name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +115,13 @@ def _hooks(installed: dict[str, str]) -> Iterator[Check]:
     """Each module that we patch, if its framework is installed: whether this version has it."""
     for module in _boot.PATCHES:
         framework, *inner = module.split(".")
-        if framework not in installed:
+        distribution = DISTRIBUTIONS.get(framework, framework)
+        if distribution not in installed:
             continue
         spec = importlib.util.find_spec(framework)  # of a top-level package: doesn't import it
         folders = [] if spec is None else spec.submodule_search_locations or []
         if not any(Path(folder, *inner).with_suffix(".py").exists() for folder in folders):
-            detail = f"{framework} {installed[framework]} has no such module"
+            detail = f"{distribution} {installed[distribution]} has no such module"
             yield Check(f"hook {module}", "problem", detail, f'pip install "{DISTRIBUTION}[{framework}]"')
         elif _boot.is_live():
             yield Check(f"hook {module}", "ok", "live")

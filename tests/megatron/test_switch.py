@@ -1,0 +1,298 @@
+"""The flag in the configuration, the handle, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import logging
+import typing
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron_setting import EXPERTS, Case, batch, build, config, run
+from torch import nn
+
+from densemixer_adapters.doctor import examine
+from densemixer_adapters.megatron import MegatronHandle, attached, enable, patch_transformer_config, read_flag
+from densemixer_adapters.megatron_layer import MegatronLayer
+from densemixer_adapters.transformers import UnsupportedModelError
+from densemixer_core import DenseMixerConfig, RoutingMismatchError
+
+SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "add_bias_linear": False}
+CENTERED = {"estimator": "centered", "layers": [0, -1]}
+
+
+@dataclasses.dataclass
+class Derived(TransformerConfig):
+    """As frameworks on top of Megatron Core have theirs."""
+
+    vocabulary: int = 3
+
+
+@pytest.mark.parametrize("kind", [TransformerConfig, MLATransformerConfig, Derived])
+@pytest.mark.parametrize("value", [True, CENTERED])
+def test_every_configuration_has_the_field(kind: Any, value: Any) -> None:
+    made = kind(**SMALL, num_moe_experts=4, moe_densemixer=value)
+    assert made.moe_densemixer == value
+    assert kind(**SMALL).moe_densemixer is False
+    assert "moe_densemixer" in {field.name for field in dataclasses.fields(kind)}
+    for other in (dataclasses.replace(made, hidden_size=32), copy.deepcopy(made), copy.copy(made)):
+        assert other.moe_densemixer == value
+    assert dataclasses.asdict(made)["moe_densemixer"] == value
+    assert typing.get_type_hints(kind)["moe_densemixer"] is Any
+    assert hasattr(kind, "moe_densemixer")  # verl drops the keys that the class doesn't have
+
+
+def test_positional_arguments_of_a_derived_class_stay_where_they_are() -> None:
+    names = [f.name for f in dataclasses.fields(Derived) if not f.kw_only]
+    assert names[-1] == "vocabulary"
+
+
+def test_a_class_that_was_derived_before_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    @dataclasses.dataclass
+    class Base:
+        size: int = 1
+
+        def __post_init__(self) -> None: ...
+
+    @dataclasses.dataclass
+    class Before(Base):
+        more: int = 2
+
+    class Module:
+        TransformerConfig = Base
+
+    patch_transformer_config(Module)
+    assert (Before(3, moe_densemixer=CENTERED).moe_densemixer, Before(3).moe_densemixer) == (CENTERED, False)
+    assert (Before(3, 4).size, Before(3, 4).more) == (3, 4)
+
+
+def test_the_values_of_the_flag() -> None:
+    assert read_flag(config(Case())) is None
+    assert read_flag(config(Case(), moe_densemixer=None)) is None
+    assert read_flag(config(Case(), moe_densemixer=True)) == DenseMixerConfig()
+    assert read_flag(config(Case(), moe_densemixer={"estimator": "centered"})) == DenseMixerConfig("centered")
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("yes", "moe_densemixer must be True, False or a mapping of options, got 'yes'"),
+        ({"estimater": "centered"}, "moe_densemixer: unknown option of DenseMixer: 'estimater'; did you mean"),
+        ({"workspace_mb": "big"}, "moe_densemixer: workspace_mb must be an integer"),
+        ({"layers": [1]}, "the model has 1 Mixture-of-Experts layers"),
+    ],
+)
+def test_a_wrong_value_is_an_error_of_the_configuration(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(Case(), moe_densemixer=value)
+
+
+def test_a_model_without_experts_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    TransformerConfig(**SMALL, moe_densemixer=True)
+    assert "moe_densemixer has no effect: the model has no experts" in caplog.text
+
+
+def test_the_command_line_that_megatron_lm_makes_of_the_fields() -> None:
+    (field,) = (f for f in dataclasses.fields(TransformerConfig) if f.name == "moe_densemixer")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--moe-densemixer", default=field.default, **field.metadata["argparse_meta"])
+    assert parser.parse_args([]).moe_densemixer is False
+    assert parser.parse_args(["--moe-densemixer"]).moe_densemixer is True
+    assert parser.parse_args(["--moe-densemixer", '{"layers": "-4:"}']).moe_densemixer == {"layers": "-4:"}
+    parser.format_help()
+
+
+def test_what_the_flag_attached_can_be_removed() -> None:
+    layer = build(Case(), moe_densemixer=True)
+    handle = attached(layer)
+    assert [type(each) for each in handle.layers] == [MegatronLayer]
+    handle.remove()
+    handle.remove()
+    assert attached(layer).layers == []
+    x, g = batch(Case())
+    ours, _ = run(layer, x, g)
+    host, _ = run(build(Case()), x, g)
+    assert torch.equal(ours.router, host.router)
+    assert not {"routing", "dispatch_preprocess", "combine_postprocess"} & {
+        *vars(layer.router),
+        *vars(layer.token_dispatcher),
+    }
+
+
+def test_attached_twice_is_an_error() -> None:
+    layer = build(Case(), moe_densemixer=True)
+    with pytest.raises(RuntimeError, match="attached already, by enable or moe_densemixer"):
+        enable(layer)
+
+
+def test_a_later_patch_of_megatrons_own_method_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As verl patches the class of routers to replay a selection."""
+    layer = build(Case())
+    enable(layer)
+    called = []
+    original = type(layer.router).routing
+    monkeypatch.setattr(
+        type(layer.router), "routing", lambda self, *a, **k: called.append(1) or original(self, *a, **k)
+    )
+    run(layer, *batch(Case()))
+    assert called == [1]
+
+
+def test_nothing_is_added_without_gradients() -> None:
+    layer = build(Case(), moe_densemixer=True)
+    x, _ = batch(Case())
+    with torch.no_grad():
+        output, _ = layer(x)
+    assert output.grad_fn is None
+    assert attached(layer).layers[0]._routed is None
+
+
+def test_conventional_is_megatrons_own() -> None:
+    x, g = batch(Case())
+    ours, _ = run(build(Case(), moe_densemixer={"estimator": "conventional"}), x, g)
+    host, _ = run(build(Case()), x, g)
+    assert torch.equal(ours.router, host.router)
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_a_frozen_router_is_warned_of_once(
+    by_flag: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MegatronLayer, "frozen_was_said", False)
+    layer = build(Case(), moe_densemixer=by_flag)
+    layer.router.requires_grad_(False)
+    if not by_flag:
+        enable(layer)
+    x, g = batch(Case())
+    for _ in range(2):
+        layer(x.clone().requires_grad_())[0].backward(g)
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "nothing to train where the router is frozen" in warnings[0].getMessage()
+    assert layer.router.weight.grad is None
+
+
+def test_a_router_that_routes_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = build(Case(), moe_densemixer=True)
+    original = type(layer.router).routing
+
+    def routing(self: Any, logits: torch.Tensor) -> Any:
+        probs, routing_map = original(self, logits)
+        return probs**2, routing_map
+
+    monkeypatch.setattr(type(layer.router), "routing", routing)
+    monkeypatch.setattr(type(layer.router), "forward", lambda self, x, *args: self.routing(self.gating(x)))
+    with pytest.raises(RoutingMismatchError, match="routes differently"):
+        run(layer, *batch(Case()))
+
+
+REFUSED = {
+    "moe_expert_capacity_factor drops tokens": {
+        "moe_expert_capacity_factor": 1.0,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "aux_loss",
+    },
+    "moe_apply_probs_on_input scales": {
+        "moe_apply_probs_on_input": True,
+        "moe_router_topk": 1,
+        "moe_router_pre_softmax": True,
+    },
+    "sinkhorn selects": {"moe_router_load_balancing_type": "sinkhorn"},
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_is_refused_when_the_layer_is_built(reason: str) -> None:
+    case = Case(REFUSED[reason])
+    with pytest.raises(
+        UnsupportedModelError, match=f"moe_densemixer: .*layer.*{reason}.*Either .* switch DenseMixer off"
+    ):
+        build(case, moe_densemixer=True)
+    layer = build(case)  # without the flag Megatron builds it
+    with pytest.raises(UnsupportedModelError, match=reason):
+        enable(layer)
+    assert attached(layer).layers == []
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("overlap_moe_expert_parallel_comm", True),
+        ("fp8", "e4m3"),
+        ("fp4", "e2m1"),
+        ("enable_cuda_graph", True),
+        ("external_cuda_graph", True),
+        ("cuda_graph_impl", "local"),
+        ("moe_mlp_glu_interleave_size", 32),
+        ("moe_expert_rank_capacity_factor", 1.5),
+    ],
+)
+def test_options_that_need_a_gpu_are_refused(option: str, value: Any) -> None:
+    """Megatron can't build such a layer here, so the option is set once it is built."""
+    layer = build(Case())
+    setattr(layer.config, option, value)
+    with pytest.raises(UnsupportedModelError, match=rf"can't train it: {option} .*Either .*, or switch DenseMixer off"):
+        enable(layer)
+
+
+def test_experts_that_cannot_be_read_are_refused() -> None:
+    layer = build(Case())
+    expert = layer.experts.local_experts[1]
+    expert.linear_fc1 = nn.Sequential(expert.linear_fc1)  # as an adapter wraps it
+    with pytest.raises(UnsupportedModelError, match=r"can't read the weights of its experts \(SequentialMLP"):
+        enable(layer)
+
+
+def test_a_router_of_another_kind_is_refused() -> None:
+    layer = build(Case())
+    layer.router = nn.Linear(16, EXPERTS)
+    with pytest.raises(UnsupportedModelError, match="its router is a Linear, not Megatron's TopKRouter"):
+        enable(layer)
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="Linear has no MoELayer"):
+        enable(nn.Linear(2, 2))
+
+
+def test_a_pipeline_stage_without_experts_is_none() -> None:
+    """Where the first layers are dense, a stage may have none of the model's experts."""
+    stage = nn.Linear(2, 2)
+    stage.config = config(Case())
+    handle = enable([stage])
+    assert isinstance(handle, MegatronHandle)
+    assert handle.layers == []
+
+
+def test_layers_of_a_model_whose_layers_are_unknown() -> None:
+    with pytest.raises(ValueError, match="multi-token prediction"):
+        config(Case(), mtp_num_layers=1, moe_densemixer={"layers": [0]})
+
+
+def test_positions_count_all_pipeline_stages() -> None:
+    """Layers 1 and 3 of 4 are dense; this stage holds layer 4 alone."""
+    layer = build(Case(), num_layers=4, moe_layer_freq=[0, 1, 0, 1])
+    for number, positions, chosen in ((2, [0], 1), (4, [0], 0), (4, [-1], 1), (4, "1:", 1)):
+        layer.set_layer_number(number)
+        with enable(layer, DenseMixerConfig(layers=positions)) as handle:
+            assert len(handle.layers) == chosen
+
+
+def test_megatron_layers_are_found_in_all_chunks() -> None:
+    chunks = [nn.ModuleDict({"mlp": build(Case())}), nn.ModuleDict({"mlp": build(Case())})]
+    assert [layer.block for layer in enable(chunks).layers] == [chunk["mlp"] for chunk in chunks]
+    assert all(isinstance(layer.block, MoELayer) for layer in attached(chunks).layers)
+
+
+def test_the_doctor_looks_for_the_modules_that_are_hooked() -> None:
+    found = {check.name: check for check in examine()}
+    for module in ("moe.moe_layer", "transformer_config"):
+        assert found[f"hook megatron.core.transformer.{module}"].state == "ok"

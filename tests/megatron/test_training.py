@@ -1,0 +1,97 @@
+"""A small GPTModel, built from a configuration with the flag, with Megatron's own DDP and optimizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
+
+import torch
+from training import DEAD, build, train
+
+from densemixer_adapters.megatron import enable
+
+FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
+
+WITHOUT_US = """
+import cpu, json, sys, torch.distributed as dist
+from megatron.core import parallel_state
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+parallel_state.initialize_model_parallel()
+import training
+print(json.dumps(training.train(training.build())))
+assert "densemixer_core" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="module")
+def on() -> dict[str, Any]:
+    return train(build(moe_densemixer=True))
+
+
+@pytest.fixture(scope="module")
+def off() -> dict[str, Any]:
+    return train(build())
+
+
+def test_the_loss_falls(on: dict[str, Any]) -> None:
+    assert on["losses"][-1] < 0.7 * on["losses"][0]
+
+
+def test_experts_that_are_never_selected_teach_the_router(on: dict[str, Any], off: dict[str, Any]) -> None:
+    with_flag, without = (torch.tensor(run["gradients"]).norm(dim=-1) for run in (on, off))
+    assert (without[:, DEAD:] == 0).all()
+    assert (with_flag[:, DEAD:] > 1e-3).all()
+    assert on["losses"][0] == off["losses"][0]
+
+
+def test_without_the_flag_nothing_changes(off: dict[str, Any]) -> None:
+    """The bits of losses, gradients and weights are those of a process that knows nothing of DenseMixer."""
+    environment = {**os.environ, "DENSEMIXER_BOOT": "0", "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", WITHOUT_US]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == off
+
+
+@pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective"])
+def test_recomputation_changes_nothing(on: dict[str, Any], recompute: dict[str, Any]) -> None:
+    assert train(build(moe_densemixer=True, **recompute)) == on
+
+
+def test_enable_does_what_the_flag_does(on: dict[str, Any]) -> None:
+    model = build()
+    handle = enable([model])
+    assert [layer.name for layer in handle.layers] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
+    assert train(model) == on
+
+
+def test_removed_it_trains_as_before(off: dict[str, Any]) -> None:
+    model = build()
+    with enable(model):
+        pass
+    assert train(model) == off
+
+
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_some_layers_only(by_flag: bool) -> None:
+    from densemixer_core import DenseMixerConfig
+
+    model = build(moe_densemixer={"layers": "-1:"} if by_flag else False)
+    if not by_flag:
+        assert len(enable(model, DenseMixerConfig(layers="-1:")).layers) == 1
+    first, last = torch.tensor(train(model, steps=1)["gradients"]).norm(dim=-1)
+    assert (first[DEAD:] == 0).all()
+    assert (last[DEAD:] > 1e-3).all()
+
+
+def test_the_state_dict_is_megatrons_own() -> None:
+    assert build(moe_densemixer=True).state_dict().keys() == build().state_dict().keys()
