@@ -6,6 +6,7 @@ arguments after `--` go to pytest. `ci/pin.sh` writes the files in `environments
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,28 @@ def verl(session: nox.Session) -> None:
     """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU."""
     install(session, "verl", compiled=True)  # Ray gives its own processes 15 seconds to start
     install_editable(session)
-    session.run(*PYTEST, *(session.posargs or ["tests/verl"]))
+    # Beside it, for one test: verl imports it in every process that finds it.
+    megatron = Path(session.create_tmp()) / "megatron"
+    if not megatron.exists():
+        pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
+    session.run(*PYTEST, *(session.posargs or ["tests/verl"]), env={"MEGATRON_CORE": str(megatron)})
+
+
+# The newest from 0.17 on wants Python 3.12, and the oldest has no build for it.
+MEGATRON = {"0.13.1": ((3, 10), (3, 11)), "0.16.1": ((3, 10), (3, 13)), "0.19.2": ((3, 12), (3, 13))}
+"""The versions of Megatron Core, and the first and last version of Python for each."""
+
+
+@nox.session
+@nox.parametrize("pins", list(MEGATRON))
+def megatron(session: nox.Session, pins: str) -> None:
+    """Megatron Core: layers and models on one, two and four processes, on the CPU."""
+    first, last = MEGATRON[pins]
+    if not first <= sys.version_info[:2] <= last:
+        session.skip(f"Megatron Core {pins} needs Python {first[0]}.{first[1]} to {last[0]}.{last[1]}")
+    install(session, f"megatron-{pins}")
+    install_editable(session)
+    session.run(*PYTEST, *(session.posargs or ["tests/megatron"]))
 
 
 @nox.session(default=False)
