@@ -2,7 +2,8 @@
 
 ``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping
 with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` says no to ``DENSEMIXER_ENABLED=1`` too.
-The engines ``fsdp`` and ``fsdp2`` are served.
+The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the field of `densemixer_adapters.megatron` in
+``…megatron.override_transformer_config``.
 
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
@@ -20,6 +21,7 @@ from typing import Any
 
 from densemixer_adapters import _boot
 from densemixer_adapters.environment import detach
+from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.metrics import RouterGradients
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
@@ -82,12 +84,14 @@ def patch_engine_registry(module: Any) -> None:
         model, engine = kwargs.get("model_config"), kwargs.get("engine_config")
         wanted = model is not None and engine is not None and not engine.forward_only and _options(model)
         if wanted and backend not in ENGINES:
-            megatron = (
-                " Megatron Core needs an adapter of its own, which doesn't exist yet." if backend == "megatron" else ""
-            )
+            if backend == "megatron":
+                raise ValueError(
+                    f"{SWITCH}: verl's engine 'megatron' has a switch of its own, a field of Megatron Core's "
+                    f"configuration. Replace this one by +…megatron.override_transformer_config.{MEGATRON_FLAG}=true."
+                )
             raise ValueError(
-                f"{SWITCH}: verl's engine {backend!r} is not supported, only {' and '.join(ENGINES)}.{megatron} Either "
-                f"set strategy=fsdp2 for this role, or drop {SWITCH}."
+                f"{SWITCH}: verl's engine {backend!r} is not supported, only {' and '.join(ENGINES)} and megatron. "
+                f"Either set strategy=fsdp2 for this role, or drop {SWITCH}."
             )
         return original(model_type, backend, *args, **kwargs)
 

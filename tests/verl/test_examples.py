@@ -18,6 +18,7 @@ ROLES = {
     "ppo.sh": ["actor_rollout_ref", "critic"],
     "lora.sh": ["actor_rollout_ref"],
     "sft.sh": [],
+    "megatron.sh": [],
 }
 
 
@@ -38,5 +39,8 @@ def test_verl_accepts_the_settings(script: str) -> None:
     config = OmegaConf.create(done.stdout)
     for role in ROLES[script]:
         assert read_options(config[role].model.override_config) == DenseMixerConfig()
-    if not ROLES[script]:
+    if script == "megatron.sh":
+        assert config.actor_rollout_ref.actor.strategy == "megatron"
+        assert config.actor_rollout_ref.actor.megatron.override_transformer_config.moe_densemixer is True
+    elif not ROLES[script]:
         assert read_options(config.model.override_config) == DenseMixerConfig()

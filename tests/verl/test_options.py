@@ -77,7 +77,9 @@ def test_engines_that_are_not_served_are_refused(backend: str) -> None:
 
     on, off = (SimpleNamespace(override_config={"densemixer": value}) for value in (True, False))
     train, infer = (SimpleNamespace(forward_only=value) for value in (False, True))
-    message = f"engine '{backend}' is not supported, only fsdp and fsdp2.* set strategy=fsdp2"
+    message = f"engine '{backend}' is not supported, only fsdp and fsdp2 and megatron.* set strategy=fsdp2"
+    if backend == "megatron":
+        message = "has a switch of its own.*override_transformer_config.moe_densemixer=true"
     with pytest.raises(ValueError, match=message):
         EngineRegistry.new("language_model", backend, model_config=on, engine_config=train)
     for model, engine in ((off, train), (on, infer)):
