@@ -71,6 +71,11 @@ class MegatronLayer:
     frozen_was_said: ClassVar[bool] = False
 
     def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
+        if config.budget < 1:
+            raise UnsupportedModelError(
+                f"{name}: budget={config.budget} doesn't work in Megatron Core yet, where other ranks hold experts. Set "
+                "it to 1."
+            )
         self.name = name
         self.block = block
         self._config = config
@@ -156,6 +161,7 @@ class MegatronLayer:
             index=index,
             weights=weights,
             experts=self._dots,
+            score=self.block.config.moe_router_score_function,
             renormalised=self.renormalised,
             config=self._config,
         )

@@ -2,8 +2,8 @@
 
 ``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping
 with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` says no to ``DENSEMIXER_ENABLED=1`` too.
-The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the field of `densemixer_adapters.megatron` in
-``…megatron.override_transformer_config``.
+The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the field of `densemixer_adapters.megatron`
+in ``…megatron.override_transformer_config``.
 
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
