@@ -73,8 +73,8 @@ class MegatronLayer:
     def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
         if config.budget < 1:
             raise UnsupportedModelError(
-                f"{name}: budget={config.budget} doesn't work in Megatron Core yet, where other ranks hold experts. Set "
-                "it to 1."
+                f"{name}: budget={config.budget} doesn't work in Megatron Core yet, where other ranks hold experts. "
+                "Set it to 1."
             )
         self.name = name
         self.block = block
