@@ -1,7 +1,7 @@
 """``llamafactory-cli train`` with and without ``use_densemixer: true``.
 
 The tests of one process compare with training without the key; those of several with one process, whose gradients
-tests/deepspeed and tests/core compare with the oracle.
+tests/running and tests/core compare with the oracle.
 """
 
 from __future__ import annotations

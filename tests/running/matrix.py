@@ -50,7 +50,15 @@ MATRIX: dict[str, dict[str, tuple[str, ...]]] = {
         "FSDP2 of transformers (fsdp_size)": ("plain",),
         "ZeRO-1": COMMON,
         "ZeRO-2": (*COMMON, "optimizer on the CPU"),
-        "ZeRO-3": (*COMMON, "optimizer on the CPU", "parameters on the CPU", "without leaf modules", "gpt-oss"),
+        "ZeRO-3": (
+            *COMMON,
+            "optimizer on the CPU",
+            "parameters on the CPU",
+            "without leaf modules",
+            "gpt-oss",
+            "through accelerate",
+            "through the Trainer",
+        ),
         "refused": ("tensor parallelism", "expert parallelism", "tensor and expert parallelism"),
     },
 }

@@ -61,6 +61,12 @@ def test_the_reference_model_of_dpo_is_left_alone(variation: str) -> None:
     assert reference == {"changed": [], "gradients": [], "hooks": []}
 
 
+def test_leaf_modules_keep_the_order_of_modules() -> None:
+    """Else ZeRO-3 can't prefetch."""
+    assert report("two_ranks")["ZeRO-3: plain"]["more"] == {"out of order": 0}
+    assert report("two_ranks")["ZeRO-3: without leaf modules"]["more"]["out of order"] > 0  # what the marks are for
+
+
 def test_the_tables_of_the_readme_have_all_ways_and_cells() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     for row in [*matrix_table.rows(), *matrix_table.cell_rows()]:

@@ -18,7 +18,10 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
-from deepspeed.utils import safe_get_full_grad
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.state import AcceleratorState, PartialState
+from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
+from families import tokens
 from packaging.version import Version
 from runs import loss_of, selections
 from setting import (
@@ -49,6 +52,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
+from densemixer_core import DenseMixerConfig
 
 KINDS = ("non-reentrant", "reentrant", "selective")
 STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away
@@ -141,33 +145,96 @@ def zero(
     kind: str = "none",
     micro_batches: int = 1,
     leaf: bool = True,
+    count_steps: bool = False,
     family: str = "qwen3_moe",
     **optimisation: Any,
 ) -> Result:
     model = build(FAMILIES[family])
-    handle = apply_densemixer(model)
-    if leaf:
-        mark_leaf_modules(handle)
+    handle = apply_densemixer(model, DenseMixerConfig(workspace_mb=1))
+    mark_leaf_modules(handle)
+    if not leaf:
+        mark_leaf_modules(handle, False)
+    assert get_z3_leaf_modules(model) == [layer.block for layer in handle.layers if leaf]
     checkpoint(model, kind)
-    engine = deepspeed.initialize(
-        model=model,
-        model_parameters=model.parameters(),
-        config={
-            "train_micro_batch_size_per_gpu": 2 // micro_batches,
-            "gradient_accumulation_steps": micro_batches,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **optimisation},
-            "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
-        },
-    )[0]
+    config = {
+        **zero_config(stage, **optimisation),
+        "train_micro_batch_size_per_gpu": 2 // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
+    }
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     for ids in my_share().chunk(micro_batches):
         engine.backward(loss_of(engine, ids))
         if micro_batches > 1 and not engine.is_gradient_accumulation_boundary():
             engine.step()  # counts the micro-batch, no more
     gradients = {name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
+    more = {"out of order": steps_out_of_order(engine)} if count_steps else {}
     engine.destroy()
-    return compare(gradients, family)
+    return compare(gradients, family, **more)
+
+
+def zero_config(stage: int, **optimisation: Any) -> dict[str, Any]:
+    # DeepSpeed itself knows the classes of some blocks as leaf modules.
+    own = {"stage3_param_persistence_threshold": 0, "leaf_module": {"classes": []}}
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, **own, **optimisation},
+    }
+
+
+def steps_out_of_order(engine: Any) -> int:
+    """In how many steps ZeRO-3 gave up the order of modules that it had recorded. Then it can't prefetch.
+
+    The batches' sizes differ, and with them the number of chunks in which DenseMixer runs the experts.
+    """
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    count = 0
+    for length in (8, 600, 8):
+        engine.backward(loss_of(engine, tokens(length=length)))
+        count += coordinator.is_invalid_trace()
+        engine.step()
+    return count
+
+
+def zero_with_accelerate() -> Result:
+    model = build()
+    mark_leaf_modules(apply_densemixer(model))
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(zero_config(3)))
+    engine, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    engine.backward(loss_of(engine, my_share()))
+    gradients = {name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()}
+    engine.destroy()
+    AcceleratorState._reset_state(True)
+    return compare(gradients)
+
+
+def zero_with_trainer() -> Result:
+    model = build()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    mark_leaf_modules(apply_densemixer(model))
+    # Without a GPU, the Trainer's own accelerate would take each rank for the only one.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    arguments = transformers.TrainingArguments(
+        tempfile.mkdtemp(),
+        deepspeed={**zero_config(3), "gradient_clipping": 0.0},
+        per_device_train_batch_size=2,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=STEP,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        accelerator_config={"use_configured_state": True},
+    )
+    # The Trainer divides by the number of labels, and a sequence's first one can't be predicted.
+    rows = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in batch().tolist()]
+    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return compare({name: (before[name] - value.detach()) / STEP for name, value in model.named_parameters()})
 
 
 def half_fsdp1() -> Result:
@@ -282,15 +349,17 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "refused: tensor parallelism", lambda: refusal("qwen3_moe")
     for stage in (1, 2, 3):
         way, ds = f"ZeRO-{stage}", functools.partial(zero, stage)
-        yield f"{way}: plain", ds
+        yield f"{way}: plain", functools.partial(ds, count_steps=stage == 3)
         yield f"{way}: gradient accumulation", functools.partial(ds, micro_batches=2)
         for kind in KINDS:
             yield f"{way}: checkpointing {kind}", functools.partial(ds, kind)
         if stage > 1:
             yield f"{way}: optimizer on the CPU", functools.partial(ds, offload_optimizer={"device": "cpu"})
     yield "ZeRO-3: parameters on the CPU", lambda: zero(3, offload_param={"device": "cpu"})
-    yield "ZeRO-3: without leaf modules", lambda: zero(3, leaf=False)
+    yield "ZeRO-3: without leaf modules", lambda: zero(3, leaf=False, count_steps=True)
     yield "ZeRO-3: gpt-oss", lambda: zero(3, family="gpt_oss")
+    yield "ZeRO-3: through accelerate", zero_with_accelerate
+    yield "ZeRO-3: through the Trainer", zero_with_trainer
 
 
 def main(report: Path, part: str = "") -> None:
