@@ -43,7 +43,7 @@ def main() -> None:
     model = trained(data, arguments.train)
 
     budgets = sorted(arguments.budgets, reverse=True)
-    table = Table("tokens a step", "layer", "conventional", *(f"budget 1/{1 / budget:g}" for budget in budgets))
+    table = Table("tokens a step", "layer", *(f"1/{1 / budget:g}" for budget in budgets), "conventional")
     for tokens in arguments.tokens:
         batches = list(sample(data, tokens // (LENGTH * ROWS), seed=1))
         conventional = router_gradients(model, batches, DenseMixerConfig("conventional"))
@@ -58,10 +58,10 @@ def main() -> None:
                 torch.stack([cosines(minus(draw, conventional), minus(exact, conventional)) for draw in draws]).mean(0)
             )
         for layer, (whole, *extra) in enumerate(zip(cosines(conventional, exact), *errors, strict=True)):
-            table.add_row(str(tokens), str(layer), f"{whole:.3f}", *(f"{cosine:.3f}" for cosine in extra))
+            table.add_row(str(tokens), str(layer), *(f"{cosine:.3f}" for cosine in extra), f"{whole:.3f}")
     console.print(table)
     console.print(
-        "Cosine between the extra gradient of a router's weight at a budget and the exact one, mean over "
+        "1/…: cosine between the extra gradient of a router's weight at that budget and the exact one, mean over "
         f"{arguments.seeds} draws.\nconventional: between the whole conventional gradient and the whole exact one."
     )
 
