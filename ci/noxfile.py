@@ -116,7 +116,7 @@ def verl(session: nox.Session) -> None:
     install(session, "verl", compiled=True)  # Ray gives its own processes 15 seconds to start
     install_editable(session)
     # Beside it, for one test: verl imports it in every process that finds it.
-    megatron = Path(session.create_tmp()) / "megatron"
+    megatron = Path(session.virtualenv.location) / "megatron"
     if not megatron.exists():
         pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
     session.run(*PYTEST, *(session.posargs or ["tests/verl"]), env={"MEGATRON_CORE": str(megatron)})

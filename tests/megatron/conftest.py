@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 
 import pytest
-
-collect_ignore_glob = [] if importlib.util.find_spec("megatron") else ["test_*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)
