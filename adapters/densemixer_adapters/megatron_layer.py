@@ -357,6 +357,9 @@ def refuse(name: str, block: Any) -> None:
     if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]):
         reason = "moe_router_load_balancing_type sinkhorn selects experts that don't follow from the scores"
         fix = "use another type"
+    if config.add_bias_linear and (config.expert_tensor_parallel_size or 1) > 1:
+        reason = "add_bias_linear with expert tensor parallelism has not been tested; ranks may hold the same bias"
+        fix = "set one of the two off"
     if score not in SCORE_FUNCTIONS:
         reason = f"its moe_router_score_function {score} is unknown"
         fix = f"use one of {', '.join(SCORE_FUNCTIONS)}"

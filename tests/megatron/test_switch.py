@@ -224,7 +224,7 @@ def test_what_is_refused_when_the_layer_is_built(reason: str) -> None:
 
 def test_a_budget_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"budget=0\.125 doesn't work in Megatron Core"):
-        enable(build(Case({})), DenseMixerConfig(budget=0.125))
+        enable(build(Case()), DenseMixerConfig(budget=0.125))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +245,13 @@ def test_options_that_need_a_gpu_are_refused(option: str, value: Any) -> None:
     layer = build(Case())
     setattr(layer.config, option, value)
     with pytest.raises(UnsupportedModelError, match=rf"can't train it: {option} .*Either .*, or switch DenseMixer off"):
+        enable(layer)
+
+
+def test_biases_under_expert_tensor_parallelism_are_refused() -> None:
+    layer = build(Case())
+    layer.config.add_bias_linear, layer.config.expert_tensor_parallel_size = True, 2
+    with pytest.raises(UnsupportedModelError, match="add_bias_linear with expert tensor parallelism"):
         enable(layer)
 
 
