@@ -100,26 +100,30 @@ if not torch.cuda.is_available():
 
 @nox.session
 def llamafactory(session: nox.Session) -> None:
-    """LLaMA-Factory and DeepSpeed, the start-up hook, and the command line."""
+    """LLaMA-Factory, DeepSpeed, open-instruct's launcher, the start-up hook, and the command line."""
     session.chdir(ROOT)
     pip_install(session, "torch==2.13.0")
     pip_install(session, "--no-deps", "-r", str(CI / "environments" / "llamafactory.txt"))
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    session.run(*PYTEST, *(session.posargs or ["tests/boot", "tests/llamafactory"]))
+    session.run(*PYTEST, *(session.posargs or ["tests/boot", "tests/llamafactory", "tests/open_instruct"]))
 
 
 @nox.session
 def verl(session: nox.Session) -> None:
-    """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU."""
+    """verl: GRPO, PPO and SFT with its own trainers, Ray and FSDP2, on the CPU; open-instruct's launcher with Ray."""
     install(session, "verl", compiled=True)  # Ray gives its own processes 15 seconds to start
     install_editable(session)
     # Beside it, for one test: verl imports it in every process that finds it.
     megatron = Path(session.virtualenv.location) / "megatron"
     if not megatron.exists():
         pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
-    session.run(*PYTEST, *(session.posargs or ["tests/verl"]), env={"MEGATRON_CORE": str(megatron)})
+    session.run(
+        *PYTEST,
+        *(session.posargs or ["tests/verl", "tests/open_instruct/test_ray.py"]),
+        env={"MEGATRON_CORE": str(megatron)},
+    )
 
 
 # The newest from 0.17 on wants Python 3.12, and the oldest has no build for it.

@@ -62,10 +62,12 @@ def is_live() -> bool:
 
 
 def install() -> None:
-    """Put the hook in place, once. Never raises."""
-    if not is_live() and not is_switched_off():
-        if not _is_off(ENABLED, "0"):
-            PATCHES.update(PATCHES_IF_ENABLED)
+    """Put the hook in place, once; a second call takes notice if the environment has enabled more. Never raises."""
+    if is_switched_off():
+        return
+    if not _is_off(ENABLED, "0"):
+        PATCHES.update(PATCHES_IF_ENABLED)
+    if not is_live():
         sys.meta_path.insert(0, _Finder)
 
 
