@@ -103,9 +103,11 @@ def change(home: Path, output: Path, script: str, enabled: str) -> float:
         "densemixer_adapters.open_instruct",
     ]
     arguments = [mixer, home / f"{script}.jsonl", "1.0", split, "train", cache, home / "data", CACHES[script], "local"]
-    more = ["--logging_steps=2"] if script == "dpo_tune_cache" else []  # logging asks for a GPU's name
+    named, more = [script], []
+    if script == "dpo_tune_cache":  # it logs how well it uses a GPU
+        named, more = [Path(__file__).with_name("without_gpu.py"), script], ["--logging_steps=2"]
     done = run(
-        [CHECKOUT / ".venv" / "bin" / "python", *launcher, script, *COMMON, *more, *arguments, "--output_dir", output],
+        [CHECKOUT / ".venv" / "bin" / "python", *launcher, *named, *COMMON, *more, *arguments, "--output_dir", output],
         DENSEMIXER_ENABLED=enabled,
         ACCELERATE_USE_CPU="true",
         HF_HOME=str(home),
