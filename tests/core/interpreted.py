@@ -211,6 +211,7 @@ def test_compiled_into_one_graph(launches: list[int]) -> None:
                 index=index[: len(x)],
                 weights=weights[: len(x)],
                 experts=StackedExperts(layer.weights, layer.layout),
+                score="softmax",
                 renormalised=True,
                 config=DenseMixerConfig(),
             )
