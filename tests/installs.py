@@ -50,7 +50,11 @@ class Environment:
         self.folder = folder
         self.scripts = folder / "bin"
         self.python = self.scripts / "python"
-        (self.packages,) = folder.glob("lib/python3.*/site-packages")
+
+    @property
+    def packages(self) -> Path:
+        (folder,) = self.folder.glob("lib/python3.*/site-packages")
+        return folder
 
     @classmethod
     def create(cls, folder: Path, python: Path | str = sys.executable) -> Environment:
