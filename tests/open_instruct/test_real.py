@@ -113,7 +113,7 @@ def change(home: Path, output: Path, script: str, enabled: str) -> float:
         HF_HOME=str(home),
         OMP_NUM_THREADS="1",
         PYTHONPATH=str(CHECKOUT),
-        REFERENCE_LOGPROBS_CACHE_PATH=str(home / "logprobs"),
+        REFERENCE_LOGPROBS_CACHE_PATH=str(output.with_suffix(".logprobs")),  # one that is there is loaded to a GPU
         WANDB_MODE="disabled",
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
