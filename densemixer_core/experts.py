@@ -190,7 +190,7 @@ def sampled_dots(
 PAIRS_PER_PILOT = 32
 """Of so many pairs one is spent on the pilot."""
 
-_CACHED_ROWS = 256
+_CACHED_ROWS = 1024
 """How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
 graph has one for each number of pieces.)"""
 

@@ -59,6 +59,11 @@ def draw_pairs(importance: Tensor, count: int, seed: int) -> Pairs:
     return Pairs(drawn, factor, torch.searchsorted(drawn, last, out_int32=True))
 
 
+def share_of_pairs(pairs: int, budget: float) -> int:
+    """``budget`` of the pairs, at least one; in whole numbers, which torch.compile can leave open."""
+    return min(pairs, max(1, (pairs * round(budget * (1 << 20)) + (1 << 19)) // (1 << 20)))
+
+
 def typical_size(size: Tensor, pairs: Pairs, tokens: int) -> Tensor:
     """The root mean square for each expert of what a pilot measured, drawn towards that of all experts by one pair.
 

@@ -19,9 +19,12 @@ from densemixer_core.config import DenseMixerConfig
 from densemixer_core.estimators import extra_score_gradient
 from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import score_sensitivity, weight_per_score
+from densemixer_core.sampling import share_of_pairs
 
-ExpertDots = Callable[[Tensor, Tensor], Tensor]
-"""From x and g, [tokens, hidden] each, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts]."""
+ExpertDots = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""From x and g, [tokens, hidden] each, and None, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts], and
+None. For a budget below 1 there are sensitivities, [tokens, experts], in place of the first None, and it returns what
+`sampled_dots` returns."""
 
 
 def straight_through(
@@ -51,8 +54,7 @@ def straight_through(
         experts: The experts; their weights receive no gradient from here. Parameters that a framework frees or
             partitions after the forward must be live again, as the same tensors, when the backward comes. Weights with
             a derivation are not kept: the backward computes them again. Where they aren't stacked, or not all in this
-            process, a function that evaluates them: it is called in the backward, without gradient tracking, and for
-            all of them, so it needs a budget of 1.
+            process, a function that evaluates them: it is called in the backward, without gradient tracking.
         score: The function that made the scores of logits, one of `routing.SCORE_FUNCTIONS`.
         renormalised: Whether the host divides the selected scores by their sum.
         config: The options.
@@ -66,8 +68,6 @@ def straight_through(
         kept = experts.weights if derivation is None else derivation.sources
         compute = None if derivation is None else derivation.compute
         how = _Stacked(experts.layout, compute, _compute_dtype(experts.weights.up))
-    elif config.budget < 1:
-        raise ValueError(f"budget={config.budget} needs stacked experts in this process; set it to 1")
     else:
         how = experts
     weights = weights.detach().to(scores.dtype)
@@ -91,9 +91,22 @@ class _Stacked:
     compute: Callable[[ExpertWeights], ExpertWeights] | None
     dtype: torch.dtype
 
-    def experts(self, kept: Iterable[Tensor]) -> StackedExperts:
-        weights = ExpertWeights(*kept)
-        return StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
+    def dots(
+        self,
+        x: Tensor,
+        g: Tensor,
+        sensitivity: Tensor | None,
+        kept: Iterable[Tensor],
+        selected: int,
+        config: DenseMixerConfig,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What an `ExpertDots` returns, from the tensors that were kept."""
+        weights, workspace = ExpertWeights(*kept), config.workspace_mb << 20
+        experts = StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
+        if sensitivity is None:
+            return expert_dots(x, g, experts, self.dtype, workspace), None
+        count = share_of_pairs(len(x) * (sensitivity.shape[-1] - selected), config.budget)
+        return sampled_dots(x, g, sensitivity, count, config.seed, experts, self.dtype, workspace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,24 +136,16 @@ class _StraightThrough(torch.autograd.Function):
         how, score, config = ctx.call.how, ctx.call.score, ctx.call.config
         x, index, scale, scores, y, total, *kept = ctx.saved_tensors
         x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        workspace, factor = config.workspace_mb << 20, None
-        if not isinstance(how, _Stacked):
-            dots = how(x, rows)
-        elif scores is None:
-            dots = expert_dots(x, rows, how.experts(kept), how.dtype, workspace)
-        else:
+        sensitivity = None
+        if scores is not None:
             sensitivity = (score_sensitivity(scores, score) * scale).scatter(-1, index, 0.0)
-            count = _share(len(x) * (scores.shape[-1] - index.shape[-1]), config.budget)
-            experts = how.experts(kept)
-            dots, factor = sampled_dots(x, rows, sensitivity, count, config.seed, experts, how.dtype, workspace)
+        if isinstance(how, _Stacked):
+            dots, factor = how.dots(x, rows, sensitivity, kept, index.shape[-1], config)
+        else:
+            dots, factor = how(x, rows, sensitivity)
         mean = None if y is None else torch.sum(rows * y.reshape(rows.shape), -1, True, dtype=scale.dtype) / total
         extra = extra_score_gradient(dots.to(scale.dtype), index, scale, mean)
         return g, extra if factor is None else extra * factor.to(scale.dtype), None, None
-
-
-def _share(pairs: int, budget: float) -> int:
-    """``budget`` of the pairs, at least one; in whole numbers, which torch.compile can leave open."""
-    return min(pairs, max(1, (pairs * round(budget * (1 << 20)) + (1 << 19)) // (1 << 20)))
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:

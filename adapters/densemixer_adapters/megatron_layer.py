@@ -3,7 +3,8 @@
 Routing, dispatch, experts and combination stay Megatron's own. In the backward, the layer's inputs x and the gradients
 g of its outputs are gathered over the group that the experts are split over (expert and expert-tensor parallelism),
 each rank evaluates its own experts, or its part of them, and the inner products are summed and scattered back to the
-ranks that the tokens came from. Nothing but x, g and [tokens, experts] scalars travels.
+ranks that the tokens came from. Nothing but x, g and [tokens, experts] scalars travels. With a budget below 1 each rank
+draws its share of the pairs that its own experts form with all of these tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +29,11 @@ from densemixer_core import (
     check_routing,
     expert_dots,
     router_scores,
+    sampled_dots,
     straight_through,
 )
 from densemixer_core.routing import SCORE_FUNCTIONS
+from densemixer_core.sampling import share_of_pairs
 
 logger = logging.getLogger("densemixer")
 
@@ -71,10 +74,10 @@ class MegatronLayer:
     frozen_was_said: ClassVar[bool] = False
 
     def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
-        if config.budget < 1:
+        if config.budget < 1 and (block.config.expert_tensor_parallel_size or 1) > 1:
             raise UnsupportedModelError(
-                f"{name}: budget={config.budget} doesn't work in Megatron Core yet, where other ranks hold experts. "
-                "Set it to 1."
+                f"{name}: budget={config.budget} doesn't work with expert tensor parallelism: the ranks that share an "
+                "expert would have to draw the same pairs. Set expert_tensor_parallel_size to 1, or the budget."
             )
         self.name = name
         self.block = block
@@ -166,15 +169,19 @@ class MegatronLayer:
             config=self._config,
         )
 
-    def _dots(self, x: Tensor, g: Tensor) -> Tensor:
+    def _dots(self, x: Tensor, g: Tensor, sensitivity: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """In the backward, with the weights as they are then."""
         return gathered_dots(
             x,
             g,
+            sensitivity,
             experts=read_experts(self.block, self.name),
             indices=self.block.local_expert_indices,
             count=self.block.config.num_moe_experts,
+            selected=self.block.router.topk,
             group=self.block.token_dispatcher.tp_ep_group,
+            budget=self._config.budget,
+            seed=self._config.seed,
             workspace_bytes=self._config.workspace_mb << 20,
         )
 
@@ -213,45 +220,82 @@ def warn_of_frozen_routers(layers: Sequence[MegatronLayer]) -> None:
 def gathered_dots(
     x: Tensor,
     g: Tensor,
+    sensitivity: Tensor | None,
     *,
     experts: Sequence[StackedExperts],
     indices: Sequence[int],
     count: int,
+    selected: int,
     group: dist.ProcessGroup,
+    budget: float,
+    seed: int,
     workspace_bytes: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor | None]:
     """⟨g_t, E_j(x_t)⟩ for this rank's tokens and the experts of all ranks. Collective.
 
     Args:
         x: The experts' input, [tokens, hidden]. The ranks of the group may have different numbers of tokens.
         g: The gradient of the experts' output, [tokens, hidden].
+        sensitivity: As in `densemixer_core.sampled_dots`, [tokens, experts]; None for a budget of 1.
         experts: This rank's experts, or its part of them: their inner products are summed over the group.
         indices: Their positions among all experts.
         count: The number of all experts.
+        selected: How many of them a token goes through.
         group: The ranks that the experts are split over.
+        budget, seed: As in `densemixer_core.DenseMixerConfig`.
         workspace_bytes: Upper bound on temporaries: half of it for what is gathered, half for the experts.
 
     Returns:
-        [tokens, experts], float32 or float64.
+        [tokens, experts], float32 or float64; with sensitivities, the factors too.
     """
+    half, held = workspace_bytes // 2, slice(indices[0], indices[-1] + 1)
     ranks = dist.get_world_size(group)
+
+    def evaluate(x: Tensor, g: Tensor, sensitivity: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
+        if sensitivity is None:
+            return (torch.cat([expert_dots(x, g, some, workspace_bytes=half) for some in experts], 1),)
+        drawn = share_of_pairs(tokens * (count - selected) * len(indices) // count, budget)
+        return sampled_dots(x, g, sensitivity[:, held], drawn, seed, _stack(experts), workspace_bytes=half)
+
     if ranks == 1:
-        return torch.cat([expert_dots(x, g, some, workspace_bytes=workspace_bytes) for some in experts], 1)
-    most = torch.tensor(x.shape[0], device=x.device)
-    dist.all_reduce(most, dist.ReduceOp.MAX, group)
-    longest = int(most)
-    row_bytes = ranks * (2 * x.shape[1] * x.element_size() + 2 * count * 4)  # x and g; dots, and those of our experts
-    step = max(1, min(longest, (workspace_bytes >> 1) // row_bytes))
-    scattered = []
-    for start in range(0, longest, step):
+        return _with_factors(evaluate(x, g, sensitivity, len(x)))
+    gathered = torch.empty(ranks, dtype=torch.int64, device=x.device)
+    dist.all_gather_into_tensor(gathered, gathered.new_tensor([len(x)]), group=group)
+    lengths: list[int] = gathered.tolist()
+    longest = max(lengths)
+    numbers = 2 if sensitivity is None else 5  # of 4 bytes for a token and an expert: gathered, and what we add to
+    step = max(1, min(longest, half // (ranks * (2 * x.shape[1] * x.element_size() + numbers * count * 4))))
+    parts = []
+    for start in range(0, max(1, longest), step):
         all_x, all_g = (_all_gather(tensor[start : start + step], step, group) for tensor in (x, g))
-        ours = [expert_dots(all_x, all_g, some, workspace_bytes=workspace_bytes >> 1) for some in experts]
-        dots = ours[0].new_zeros(ranks * step, count)
-        dots[:, indices[0] : indices[-1] + 1] = torch.cat(ours, 1)
-        rows = dots.new_empty(step, count)
-        dist.reduce_scatter_tensor(rows, dots, group=group)
-        scattered.append(rows)
-    return torch.cat(scattered)[: x.shape[0]] if scattered else x.new_empty(0, count, dtype=torch.float32)
+        all_sensitivity = None if sensitivity is None else _all_gather(sensitivity[start : start + step], step, group)
+        tokens = sum(min(max(length - start, 0), step) for length in lengths)  # without those that fill up
+        parts.append(
+            [_scatter(ours, held, step, count, group) for ours in evaluate(all_x, all_g, all_sensitivity, tokens)]
+        )
+    return _with_factors([torch.cat(results)[: len(x)] for results in zip(*parts, strict=True)])
+
+
+def _with_factors(results: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    return results[0], results[1] if len(results) > 1 else None
+
+
+def _scatter(ours: Tensor, held: slice, rows: int, count: int, group: dist.ProcessGroup) -> Tensor:
+    """From numbers for the tokens of all ranks and our experts to those for our tokens, ``rows``, and all experts."""
+    whole = ours.new_zeros(len(ours), count)
+    whole[:, held] = ours
+    scattered = ours.new_empty(rows, count)
+    dist.reduce_scatter_tensor(scattered, whole, group=group)
+    return scattered
+
+
+def _stack(experts: Sequence[StackedExperts]) -> StackedExperts:
+    """All of them as one. Weights that lie apart are copied."""
+    if len(experts) == 1:
+        return experts[0]
+    up, down, *biases = zip(*(some.weights for some in experts), strict=True)
+    up_bias, down_bias = (None if bias[0] is None else torch.cat(bias) for bias in biases[:2])
+    return StackedExperts(ExpertWeights(torch.cat(up), torch.cat(down), up_bias, down_bias), experts[0].layout)
 
 
 def _all_gather(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:

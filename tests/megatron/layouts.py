@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, check, gathering
+from megatron_setting import LAYOUT_CASES, check, drawing, gathering, refusal
 from torch import multiprocessing
 
 CENTRE = "EP2"
@@ -55,6 +55,7 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
         for dispatcher in case.dispatchers
     }
     found["gathered in parts"] = gathering
+    found["budget"] = drawing if layout.expert_tensor == 1 else refusal
     if layout == LAYOUTS[CENTRE]:
         for flag in (False, True):
             found[f"training, {flag}"] = lambda flag=flag: training.train(training.build(moe_densemixer=flag))

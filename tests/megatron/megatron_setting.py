@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from densemixer_adapters.megatron import enable
 from densemixer_adapters.megatron_layer import gathered_dots, read_experts
+from densemixer_adapters.transformers import UnsupportedModelError
 from densemixer_core import DenseMixerConfig
 
 EXPERTS, K, HIDDEN, FFN, LATENT = 8, 2, 16, 8, 12
@@ -385,6 +386,48 @@ def compare(
     return errors
 
 
+def drawing() -> dict[str, float]:
+    """Router gradients with a budget of a third, where ranks differ in tokens, against the exact one.
+
+    Returns:
+        ``draw``: the error of one draw; ``mean``: of the mean over draws; ``bias``: the mean's largest distance from
+        the exact gradient in some directions, in standard errors; ``output``: of the forward.
+    """
+    case = Case(uneven=True, estimator="centered")
+    x, g = batch(case)
+    layer = build(case)
+
+    def gradients(options: DenseMixerConfig) -> Gradients:
+        layer.zero_grad()
+        handle = enable(layer, options)
+        found, _ = run(layer, x, g)
+        handle.remove()
+        return found
+
+    exact = gradients(DenseMixerConfig("centered"))
+    some = [gradients(DenseMixerConfig("centered", budget=1 / 3, seed=seed)) for seed in range(150)]
+    draws = torch.stack([one.router for one in some]).double()
+    truth = exact.router.double()
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(*truth.shape, 10, generator=generator, dtype=torch.float64)
+    errors = torch.einsum("seh,ehd->sd", draws - truth, directions)
+    return {
+        "draw": oracle.relative_error(draws[0], truth),
+        "mean": oracle.relative_error(draws.mean(0), truth),
+        "bias": float((errors.mean(0).abs() / (errors.std(0) / len(draws) ** 0.5)).max()),
+        "output": oracle.worst_error(some[0].output, exact.output),
+    }
+
+
+def refusal() -> str:
+    """What is said to a budget."""
+    try:
+        enable(build(Case()), DenseMixerConfig(budget=1 / 3))
+    except UnsupportedModelError as error:
+        return str(error)
+    return ""
+
+
 def gathering() -> dict[str, float]:
     """Inner products gathered in parts of a few tokens against those gathered at once, where ranks differ in tokens."""
     case = Case(uneven=True)
@@ -394,13 +437,17 @@ def gathering() -> dict[str, float]:
         gathered_dots,
         x,
         g,
+        None,
         experts=read_experts(layer, "layer"),
         indices=layer.local_expert_indices,
         count=EXPERTS,
+        selected=K,
         group=layer.token_dispatcher.tp_ep_group,
+        budget=1.0,
+        seed=0,
     )
     with torch.no_grad():
-        whole, parts = (evaluate(workspace_bytes=size) for size in (1 << 20, 3 << 10))
+        (whole, _), (parts, _) = (evaluate(workspace_bytes=size) for size in (1 << 20, 3 << 10))
     up, down = (w.double() for w in full_experts(layer.config))
     gates, ups = torch.einsum("th,ewh->tew", x.double(), up).chunk(2, -1)
     exact = torch.einsum("tew,ehw,th->te", F.silu(gates) * ups, down, g.double())

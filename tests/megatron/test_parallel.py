@@ -22,6 +22,7 @@ from layouts import CENTRE, LAYOUTS, cells
 
 CELLS = [(layout, cell) for layout in LAYOUTS for cell in cells(LAYOUTS[layout])]
 TRAININGS = {"training, False", "training, True"}
+BUDGET = "budget"
 
 
 @functools.cache
@@ -45,7 +46,7 @@ def found(layout: str, cell: str) -> list[Any]:
     return ranks
 
 
-@pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if each[1] not in TRAININGS])
+@pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if each[1] not in {*TRAININGS, BUDGET}])
 def test_gradients(layout: str, cell: str) -> None:
     for result in found(layout, cell):
         if cell == "gathered in parts":
@@ -55,6 +56,19 @@ def test_gradients(layout: str, cell: str) -> None:
         assert result["difference"] > 0.1, result
         assert result["same_output"], result
         assert result["same_experts"], result
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_budget(layout: str) -> None:
+    """The mean over draws is the exact gradient, whichever rank holds the experts."""
+    for result in found(layout, BUDGET):
+        if LAYOUTS[layout].expert_tensor > 1:
+            assert "Set expert_tensor_parallel_size to 1" in result
+            continue
+        assert result["output"] == 0, result
+        assert result["mean"] < 0.15, result
+        assert result["draw"] > 3 * result["mean"], result
+        assert result["bias"] < 4, result
 
 
 @pytest.mark.parametrize("flag", [False, True])

@@ -222,11 +222,6 @@ def test_what_is_refused_when_the_layer_is_built(reason: str) -> None:
     assert attached(layer).layers == []
 
 
-def test_a_budget_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"budget=0\.125 doesn't work in Megatron Core"):
-        enable(build(Case()), DenseMixerConfig(budget=0.125))
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [
