@@ -88,7 +88,7 @@ def make_step(specification: Specification) -> Callable[[], Any]:
 
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_config(shape.model_config(specification.layers or 1, tokens))
+    model = AutoModelForCausalLM.from_config(shape.shallow(specification.layers or 1).model_config(tokens))
     model = model.to(**options).train()
     if specification.setting != "original":
         model.set_experts_implementation(specification.experts)
@@ -101,7 +101,7 @@ def make_step(specification: Specification) -> Callable[[], Any]:
     if specification.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if specification.layers:
-        ids = torch.randint(shape.vocabulary, (1, tokens), device=specification.device)
+        ids = torch.randint(model.config.vocab_size, (1, tokens), device=specification.device)
 
         def train_model() -> None:
             model.zero_grad()
