@@ -6,15 +6,27 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from densemixer_core.estimators import ESTIMATORS
 
 ENVIRONMENT_PREFIX = "DENSEMIXER_"
 
-_NUMBERS = {"workspace_mb": int, "budget": float, "seed": int}
-"""The fields that are numbers, and how to read them from text."""
+_WORDS = {
+    **dict.fromkeys(("1", "true", "yes", "on", "t"), True),
+    **dict.fromkeys(("0", "false", "no", "off", "f"), False),
+}
+
+
+def _read_flag(text: str) -> bool:
+    if text.lower() not in _WORDS:
+        raise ValueError("must be 1 or 0")
+    return _WORDS[text.lower()]
+
+
+_READERS: dict[str, Callable[[str], Any]] = {"workspace_mb": int, "budget": float, "seed": int, "metrics": _read_flag}
+"""The fields that are no strings, and how to read them from text."""
 
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?[1-9]\d*)?)?")
 
@@ -36,6 +48,7 @@ class DenseMixerConfig:
             pairs are drawn by importance, so that the extra gradient is exact in the mean and costs that share, see
             `densemixer_core.sampling`. With ``"centered"`` and renormalised weights the selected pairs come on top.
         seed: Chooses the draws for a budget below 1. The same seed and data give the same draws.
+        metrics: Whether adapters report router metrics in the framework's log. The method itself doesn't look at it.
 
     Raises:
         TypeError: A value is of the wrong type.
@@ -47,6 +60,7 @@ class DenseMixerConfig:
     layers: Sequence[int] | str | None = None
     budget: float = 1.0
     seed: int = 0
+    metrics: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.estimator, str):
@@ -63,6 +77,8 @@ class DenseMixerConfig:
             raise ValueError(f"budget must be above 0 and at most 1 (1 evaluates all experts), got {self.budget}")
         if type(self.seed) is not int:
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        if type(self.metrics) is not bool:
+            raise TypeError(f"metrics must be true or false, got {self.metrics!r}")
         if self.layers is not None:
             object.__setattr__(self, "layers", _canonical_layers(self.layers))
 
@@ -121,7 +137,7 @@ class DenseMixerConfig:
             if not text:
                 continue
             try:
-                options[field.name] = _NUMBERS.get(field.name, str)(text)
+                options[field.name] = _READERS.get(field.name, str)(text)
                 cls(**{field.name: options[field.name]})
             except ValueError as error:
                 raise ValueError(f"environment variable {variable}={text!r}: {error}") from error

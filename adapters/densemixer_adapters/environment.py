@@ -30,7 +30,7 @@ from torch import nn
 
 from densemixer_adapters._boot import ENABLED, OFF
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer, has_experts
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers, has_experts
 from densemixer_core import DenseMixerConfig
 
 logger = logging.getLogger("densemixer")
@@ -154,11 +154,8 @@ def attach(model: nn.Module, settings: Settings) -> None:
 
 def detach(model: nn.Module) -> None:
     """Remove what `attach` attached, and nothing else: a framework's own switch says no."""
-    for module in model.modules():
-        for hook in list(module._forward_hooks.values()):
-            layer = getattr(hook, "__self__", None)
-            if isinstance(layer, DenseMixerLayer):
-                layer.give_way()
+    for layer in attached_layers(model):
+        layer.give_way()
 
 
 def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:

@@ -74,6 +74,11 @@ class MegatronLayer:
     frozen_was_said: ClassVar[bool] = False
 
     def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
+        if config.metrics:
+            raise UnsupportedModelError(
+                f"{name}: metrics=True doesn't work in Megatron Core: router metrics are for the HF Trainer and verl's "
+                "FSDP engines. Drop the option."
+            )
         if config.budget < 1 and (block.config.expert_tensor_parallel_size or 1) > 1:
             raise UnsupportedModelError(
                 f"{name}: budget={config.budget} doesn't work with expert tensor parallelism: the ranks that share an "

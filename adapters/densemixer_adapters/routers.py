@@ -28,12 +28,15 @@ class Router:
         expert_scale: Name of the router's parameter that scales each expert's weight, [experts], if it has one.
         further: What the router's outputs beyond the stacked experts stand for: an expert that returns its input, or
             one that returns zero, which the router hands on as another expert with weight 0.
+        linear: Whether the logits are the product of the router's input with its `weight`, if it has one, and nothing
+            else but a bias. Router metrics read the weight's gradient off that of the logits.
     """
 
     score: str
     renormalised: bool | str
     expert_scale: str | None = None
     further: Literal["identity", "zero"] | None = None
+    linear: bool = True
 
     def is_renormalised(self, owners: Iterable[nn.Module]) -> bool:
         """Read the declaration off the first of ``owners`` (router, block) that has the attribute."""
@@ -116,7 +119,7 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "Mistral4TopkRouter": _SOFTMAX_CONFIGURED,
     "MistralLarge4TextTopkRouter": _SOFTMAX_RENORMALISED,
     "MixtralTopKRouter": _SOFTMAX_RENORMALISED,
-    "MuseSparkTopkRouter": _SIGMOID_RENORMALISED,
+    "MuseSparkTopkRouter": Router("sigmoid", True, linear=False),  # the product is scaled
     "NemotronHTopkRouter": _SIGMOID_CONFIGURED,
     "OlmoeTopKRouter": _SOFTMAX_CONFIGURED,
     "OpenAIPrivacyFilterTopKRouter": _SOFTMAX_RENORMALISED,

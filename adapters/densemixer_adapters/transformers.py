@@ -102,6 +102,13 @@ def has_experts(model: nn.Module) -> bool:
     return next(_find_blocks(model), None) is not None
 
 
+def attached_layers(model: nn.Module) -> list[DenseMixerLayer]:
+    """The layers of a model that DenseMixer is attached to, in the model's order."""
+    hooks = (hook for module in model.modules() for hook in module._forward_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return list(dict.fromkeys(owner for owner in owners if isinstance(owner, DenseMixerLayer)))
+
+
 class DenseMixerHandle:
     """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
 
@@ -157,9 +164,14 @@ class DenseMixerLayer:
         experts: The module with the stacked weights.
         renormalised: Whether the selected experts' scores are divided by their sum.
         formula: What the experts' activation computes, for the fused kernel; None if that is unknown.
+        config: The options.
         observe: None, or a function of the scores, [tokens, experts], and the experts' input, [..., hidden]. What it
             returns takes the place of the scores for DenseMixer alone, so the gradient that comes back there is the one
             that DenseMixer adds.
+        watch: None, or a function that is called in each training forward, whatever the estimator, with the router's
+            input and output, the selected experts and the experts' output. What it returns takes that output's place.
+        probe: None, or a function of the router's output and the selected experts, called in forwards without
+            gradients.
     """
 
     def __init__(
@@ -170,14 +182,17 @@ class DenseMixerLayer:
         self.router_name = f"{name}.{router_name}" if name else router_name
         self.experts = experts
         self.observe: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.watch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
+        self.probe: Callable[[Tensor, Tensor], None] | None = None
         self._router = spec
         self.renormalised = spec.is_renormalised([_unwrap(self.router), block])
         self.formula = _formula(experts)
-        self._config = config
+        self.config = config
         self._arguments = list(inspect.signature(type(experts).forward).parameters)[1:4]
         self._hooks: list[RemovableHandle] = []
         self._handle: DenseMixerHandle | None = None  # while attached
         self._router_output: Tensor | None = None
+        self._router_input: Tensor | None = None  # where somebody watches
         self._experts_ran = False
         self._gives_probabilities: bool | None = None  # unknown until the first training forward
 
@@ -203,7 +218,17 @@ class DenseMixerLayer:
     @property
     def extra_operations(self) -> float:
         """Floating-point operations a token, in the backward: the up projection of x and the down projection of g."""
-        return self._config.budget * sum(2 * math.prod(shape) for shape in self.matrices)
+        return self.config.budget * sum(2 * math.prod(shape) for shape in self.matrices)
+
+    @property
+    def router_is_linear(self) -> bool:
+        """Whether the router's logits are its weight times its input, plus a bias at most."""
+        return self._router.linear and isinstance(getattr(_unwrap(self.router), "weight", None), Tensor)
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the router's output has been through a softmax already, from the first training forward on."""
+        return bool(self._gives_probabilities)
 
     @property
     def score(self) -> str:
@@ -230,7 +255,8 @@ class DenseMixerLayer:
     def remove(self) -> None:
         # Copies that others made of the hooked modules (of the whole model, say) share this object; this stops them.
         self._handle = None
-        self._router_output = None
+        self._router_output = self._router_input = None
+        self.observe = self.watch = self.probe = None
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -247,15 +273,23 @@ class DenseMixerLayer:
         return self
 
     def _after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._handle and torch.is_grad_enabled():
+        if self._handle and (torch.is_grad_enabled() or self.probe is not None):
             self._router_output = output[0] if isinstance(output, tuple) else output
+            self._router_input = args[0] if args and self.watch is not None else None
 
     def _after_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        if self._handle is None or not torch.is_grad_enabled():
+        if self._handle is None or not (torch.is_grad_enabled() or self.probe is not None):
+            return None
+        router_output, self._router_output = self._router_output, None
+        router_input, self._router_input = self._router_input, None
+        x, index, weights = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:3]
+        if not torch.is_grad_enabled():
+            if self.probe is not None and router_output is not None:
+                self.probe(router_output.reshape(-1, router_output.shape[-1]), index)
             return None
         self._experts_ran = True
-        router_output, self._router_output = self._router_output, None
-        if self._config.estimator == "conventional":
+        conventional = self.config.estimator == "conventional"
+        if conventional and self.watch is None:
             return None
         if router_output is None:
             raise UnsupportedModelError(
@@ -268,12 +302,15 @@ class DenseMixerLayer:
         if not router_output.requires_grad or self.router_is_frozen:
             self._handle.warn_of_frozen_routers()
             return None
-        router_output = router_output.reshape(-1, router_output.shape[-1])
-        x, index, weights = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:3]
-        stacked = self._stacked(experts, router_output.shape[-1])
+        raw, router_output = router_output, router_output.reshape(-1, router_output.shape[-1])
+        stacked = None if conventional else self._stacked(experts, router_output.shape[-1])
         first = self._gives_probabilities is None
         if first:
             self._gives_probabilities = self._router.score == "softmax" and are_probabilities(router_output)
+        if self.watch is not None and router_input is not None:
+            output = self.watch(router_input, raw, index, output)
+        if stacked is None:
+            return output
         scores = router_output if self._gives_probabilities else router_scores(router_output, self._router.score)
         if stacked.layout.zeros:
             # Where a token chose the expert that returns zero, the host has put another one there, with weight 0.
@@ -293,7 +330,7 @@ class DenseMixerLayer:
             experts=stacked,
             score=self._router.score,
             renormalised=self.renormalised,
-            config=self._config,
+            config=self.config,
         )
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:

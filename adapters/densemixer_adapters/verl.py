@@ -5,6 +5,9 @@ with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` s
 The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the field of `densemixer_adapters.megatron`
 in ``…megatron.override_transformer_config``.
 
+Each update's metrics have the norm of the routers' gradient and the share of unselected experts in it; with the option
+``metrics`` all router metrics, by layer too, for one forward more of a micro-batch, without gradients.
+
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
 verl was imported. Importing this module puts that hook in place where it isn't yet. verl does so by itself (entry point
@@ -16,19 +19,63 @@ from __future__ import annotations
 
 import difflib
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from torch import nn
 
 from densemixer_adapters import _boot
 from densemixer_adapters.environment import detach
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
-from densemixer_adapters.metrics import RouterGradients
-from densemixer_adapters.transformers import apply_densemixer
+from densemixer_adapters.metrics import NORM, PREFIX, SHARE, RouterMeter, named
+from densemixer_adapters.probe import Probe
+from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer
 from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"
 SWITCH = f"override_config.{KEY}"
 ENGINES = ("fsdp", "fsdp2")
+
+
+class UpdateMetrics:
+    """What an engine measures of its routers.
+
+    Args:
+        layers: The layers that DenseMixer is attached to.
+        all: Whether to measure all there is.
+
+    Attributes:
+        measured: The metrics of the last update.
+    """
+
+    def __init__(self, layers: list[DenseMixerLayer], all: bool) -> None:
+        self.layers, self.all = layers, all
+        self.measured: dict[str, float] = {}
+        self._meter = RouterMeter(layers, load=all)
+        self._lost = LostUpdates(layers)
+        self._probe: Probe | None = None
+
+    def watch(self, model: nn.Module) -> None:
+        """Have the first micro-batch of the wrapped model as the one that routing is compared on."""
+        if self.all:
+            self._probe = Probe(self.layers, model)
+
+    def around_step(self, engine: Any, step: Callable[[Any], float]) -> float:
+        """Take an optimizer step, and set `measured`. Gradients are those before they are clipped, like verl's norm."""
+        scaler = engine.scaler
+        gradients = self._meter.gradients(1.0 if scaler is None else scaler.get_scale())
+        if not self.all:
+            values = {name: gradients[name][-1] for name in (NORM, SHARE) if name in gradients}
+            self.measured = {PREFIX + name: value for name, value in values.items() if not math.isnan(value)}
+            return step(engine)
+        self._lost.before_step(engine.optimizer)
+        norm = step(engine)
+        self._lost.after_step(skipped=not math.isfinite(norm))
+        routing = {} if self._probe is None else self._probe.measure()
+        self.measured = named(self.layers, gradients | self._meter.load() | routing | self._lost.measure())
+        return norm
 
 
 def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
@@ -99,9 +146,10 @@ def patch_engine_registry(module: Any) -> None:
 
 
 def patch_fsdp_engine(module: Any) -> None:
-    """Attach DenseMixer where the engine builds its model, before LoRA and FSDP wrap it; measure before it steps."""
+    """Attach DenseMixer where the engine builds its model, before LoRA and FSDP wrap it; measure where it steps."""
     engine = module.FSDPEngine
     build, build_lora, step = engine._build_module, engine._build_lora_module, engine.optimizer_step
+    build_fsdp = engine._build_fsdp_module
 
     @functools.wraps(build)
     def _build_module(self: Any) -> Any:
@@ -114,7 +162,7 @@ def patch_fsdp_engine(module: Any) -> None:
                     f"{SWITCH} doesn't work with quantisation-aware training (qat.enable). Switch one off."
                 )
             try:
-                self._densemixer = RouterGradients(apply_densemixer(model, options))
+                self._densemixer = UpdateMetrics(apply_densemixer(model, options).layers, options.metrics)
             except ValueError as error:
                 raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
             if self.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
@@ -135,15 +183,22 @@ def patch_fsdp_engine(module: Any) -> None:
             )
         return model
 
+    @functools.wraps(build_fsdp)
+    def _build_fsdp_module(self: Any, model: Any) -> Any:
+        model = build_fsdp(self, model)
+        attached = _attached(self)
+        if attached is not None:
+            attached.watch(model)
+        return model
+
     @functools.wraps(step)
     def optimizer_step(self: Any) -> Any:
         attached = _attached(self)
-        if attached is not None:  # before the gradients are clipped, like verl's own norm
-            attached.measure(1.0 if self.scaler is None else self.scaler.get_scale())
-        return step(self)
+        return step(self) if attached is None else attached.around_step(self, step)
 
     engine._build_module = _build_module
     engine._build_lora_module = _build_lora_module
+    engine._build_fsdp_module = _build_fsdp_module
     engine.optimizer_step = optimizer_step
 
 
@@ -157,8 +212,7 @@ def patch_training_worker(module: Any) -> None:
         result = original(self, output, forward_only=forward_only, **kwargs)
         attached = _attached(self.engine)
         if attached is not None and not forward_only:
-            measured = {f"{KEY}/{name}": value for name, value in attached.measured.items()}
-            result.set_non_tensor("metrics", {**result["metrics"], **measured})
+            result.set_non_tensor("metrics", {**result["metrics"], **attached.measured})
         return result
 
     worker._postprocess_output = _postprocess_output
@@ -180,7 +234,7 @@ def _value(override_config: Mapping[str, Any]) -> Any:
     return next((place[KEY] for place in _places(override_config) if KEY in place), None)
 
 
-def _attached(engine: Any) -> RouterGradients | None:
+def _attached(engine: Any) -> UpdateMetrics | None:
     return getattr(engine, "_densemixer", None)
 
 

@@ -36,6 +36,7 @@ def test_from_dict() -> None:
         ({"budget": "1/8"}, TypeError, "budget must be a number, got '1/8'"),
         ({"budget": True}, TypeError, "budget must be a number"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
+        ({"metrics": 1}, TypeError, "metrics must be true or false, got 1"),
         ({"estimater": "centered"}, ValueError, "'estimater'; did you mean 'estimator'?"),
         ({"nonsense": 1}, ValueError, "unknown option of DenseMixer: 'nonsense'"),
         (["estimator"], TypeError, "must be a mapping"),
@@ -52,6 +53,8 @@ def test_from_environment() -> None:
     assert DenseMixerConfig.from_environment(environ) == DenseMixerConfig("centered", 8)
     environ = {"DENSEMIXER_BUDGET": "0.125", "DENSEMIXER_SEED": "7"}
     assert DenseMixerConfig.from_environment(environ) == DenseMixerConfig(budget=0.125, seed=7)
+    assert DenseMixerConfig.from_environment({"DENSEMIXER_METRICS": "1"}) == DenseMixerConfig(metrics=True)
+    assert DenseMixerConfig.from_environment({"DENSEMIXER_METRICS": "False"}) == DenseMixerConfig()
     assert DenseMixerConfig.from_environment({"DENSEMIXER_ESTIMATOR": ""}) == DenseMixerConfig()
 
 
@@ -67,6 +70,7 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("DENSEMIXER_WORKSPACE_MB", "much"),
         ("DENSEMIXER_WORKSPACE_MB", "0"),
         ("DENSEMIXER_BUDGET", "2"),
+        ("DENSEMIXER_METRICS", "maybe"),
     ],
 )
 def test_a_wrong_variable_is_named(variable: str, value: str) -> None:

@@ -222,6 +222,11 @@ def test_what_is_refused_when_the_layer_is_built(reason: str) -> None:
     assert attached(layer).layers == []
 
 
+def test_metrics_are_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"metrics=True doesn't work in Megatron Core"):
+        enable(build(Case()), DenseMixerConfig(metrics=True))
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

@@ -54,6 +54,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "Ulysses": ({**ON, **PACKED}, {}, {"ulysses_sequence_parallel_size": 2}),
     "centered": ({"densemixer": {"estimator": "centered"}}, {}, {}),
     "conventional": ({"densemixer": {"estimator": "conventional"}}, {}, {}),
+    "metrics": ({"densemixer": {"metrics": True}}, PADDED, {}),
     "nested": ({"model_config": ON, "attn_implementation": "sdpa"}, {}, {}),
     "LoRA on routers": (ON, {**LORA, "target_parameters": ["mlp.gate.weight"]}, {}),
     "LoRA on routers and experts": (
@@ -153,7 +154,7 @@ def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: d
     options = override.get(
         "densemixer", override.get("model_config", {}).get("densemixer", {"estimator": "conventional"})
     )
-    estimator = "densemixer" if options is True else options["estimator"]
+    estimator = "densemixer" if options is True else options.get("estimator", "densemixer")
     found = torch.load(Path(os.environ["RECORDS"]) / "actor.pt")
     router, gradients = "mlp.gate", found["gradients"]
     trained = any(router in name for name in gradients)

@@ -19,6 +19,7 @@ SETTINGS = (
     "CPU offload",
     "Ulysses",
     "centered",
+    "metrics",
     "nested",
     "LoRA on routers",
     "LoRA on routers and experts",
@@ -66,6 +67,26 @@ def test_the_metrics_are_those_of_the_oracle(report: dict[str, Any], setting: st
     assert metrics.keys() == {f"densemixer/{name}" for name in expected}
     for name, value in expected.items():
         assert metrics[f"densemixer/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-7)
+
+
+def test_all_metrics_are_an_option(report: dict[str, Any]) -> None:
+    """The gradients are still the oracle's, with a forward more in the middle: a setting above."""
+    metrics, expected = report["metrics"]["metrics"], report["metrics"]["expected"]
+    names = {
+        *expected,
+        "router_grad_cosine_conventional",
+        "load_entropy",
+        "load_max_over_mean",
+        "routing_change",
+        "logit_drift",
+        "updates_lost",
+    }
+    assert metrics.keys() == {f"densemixer/{place}{name}" for place in ("", "layer_0/", "layer_1/") for name in names}
+    for name, value in expected.items():
+        assert metrics[f"densemixer/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-7)
+    assert 0 < metrics["densemixer/load_entropy"] <= 1 <= metrics["densemixer/load_max_over_mean"]
+    assert metrics["densemixer/logit_drift"] > 0  # after the step
+    assert metrics["densemixer/updates_lost"] < 0.01
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,163 @@
+"""How far training has moved the routers, on one fixed batch: the first that the model was trained on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from densemixer_adapters.metrics import sum_over_ranks
+from densemixer_adapters.transformers import DenseMixerLayer
+from densemixer_core.routing import are_probabilities
+
+CHANGE = "routing_change"
+DRIFT = "logit_drift"
+TOKENS = 4096
+"""Of the batch, on each rank, that are compared; the reference is kept in memory."""
+
+
+class Probe:
+    """Runs the model on its first training batch again, in evaluation mode, and compares the routing.
+
+    The batch is taken from the model's own forward, and run for the first time just before that. Nothing is drawn from
+    data loaders or random generators, so training stays what it is, bit for bit.
+
+    Args:
+        layers: The layers to compare.
+        model: What is called with the batch, wrapped by FSDP if that is used. All ranks call it alike.
+    """
+
+    def __init__(self, layers: Sequence[DenseMixerLayer], model: nn.Module) -> None:
+        self.layers = layers
+        self.model = model
+        self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._mask: Tensor | None = None  # of tokens that are no padding
+        self._autocast: dict[str, Any] = {}
+        self._start: list[_Routing | None] = []
+        # Before the hooks of FSDP2 and ZeRO-3, which would find the model in the middle of a forward.
+        self._hook = model.register_forward_pre_hook(self._capture, prepend=True, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Stop waiting for a batch, and free what is kept."""
+        self._hook.remove()
+        self._batch, self._start = None, []
+
+    def measure(self) -> dict[str, list[float]]:
+        """The routing against that of the start, by layer, then over all of them; nothing before the first batch.
+
+        Collective: all ranks call it. ``routing_change`` is the share of the selected experts that are selected no
+        longer; ``logit_drift`` is the root mean square of the change of the logits over that of the logits at the
+        start. For a softmax the mean over a token's logits is taken away first, since it has no effect.
+        """
+        if self._batch is None:
+            return {}
+        rows = []
+        for start, now in zip(self._start, self._run(), strict=True):
+            rows.append([0.0] * 4 if start is None or now is None else start.compare(now))
+        rows = sum_over_ranks(rows)
+        rows.append([sum(column) for column in zip(*rows, strict=True)])
+        return {
+            CHANGE: [changed / pairs if pairs else math.nan for changed, pairs, _, _ in rows],
+            DRIFT: [math.sqrt(moved / size) if size else math.nan for _, _, moved, size in rows],
+        }
+
+    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not (torch.is_grad_enabled() and model.training):  # not an evaluation before training
+            return
+        self._hook.remove()
+        # Without labels no loss is computed.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        if hasattr(getattr(model, "config", None), "use_cache"):
+            kwargs["use_cache"] = False
+        self._batch = _copy(args), _copy(kwargs)
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # padding doesn't count
+            self._mask = mask.flatten().bool()
+        # That of the batch: parameters can wait elsewhere.
+        device = next((v.device.type for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), "cpu")
+        self._autocast = dict(
+            device_type=device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            # Else copies of weights that are made here, without a graph, would serve the training forward around it.
+            cache_enabled=False,
+        )
+        self._start = self._run()
+
+    def _run(self) -> list[_Routing | None]:
+        assert self._batch is not None
+        args, kwargs = self._batch
+        found: dict[DenseMixerLayer, _Routing] = {}
+        for layer in self.layers:
+            layer.probe = functools.partial(self._keep, layer, found)
+        try:
+            with _evaluating(self.model), torch.no_grad(), torch.autocast(**self._autocast):
+                self.model(*args, **kwargs)
+        finally:
+            for layer in self.layers:
+                layer.probe = None
+        if isinstance(self.model, FSDPModule):
+            self.model.reshard()  # its root is not, after a forward
+        return [found.get(layer) for layer in self.layers]
+
+    def _keep(
+        self, layer: DenseMixerLayer, found: dict[DenseMixerLayer, _Routing], router_output: Tensor, index: Tensor
+    ) -> None:
+        rows: Tensor | slice = slice(TOKENS)
+        # A layer may see other tokens than the mask speaks of, as experts of a vision tower do.
+        if self._mask is not None and len(self._mask) == len(index):
+            rows = self._mask.nonzero().flatten()[:TOKENS]
+        found[layer] = _Routing(_logits(router_output[rows], layer.score), index[rows])
+
+
+class _Routing:
+    """Logits, [tokens, experts], and selected experts, [tokens, k], of a layer."""
+
+    def __init__(self, logits: Tensor, index: Tensor) -> None:
+        self.logits, self.index = logits, index
+
+    def compare(self, now: _Routing) -> list[float]:
+        """The number of selections that are gone, and of all; the squares of the logits' change, and of the logits."""
+        kept = (self.index.unsqueeze(2) == now.index.unsqueeze(1)).any(-1).sum()
+        moved = (now.logits - self.logits).double().square().sum()
+        size = self.logits.double().square().sum()
+        found: list[float] = torch.stack([self.index.numel() - kept.double(), moved, size]).tolist()
+        return [found[0], float(self.index.numel()), *found[1:]]
+
+
+def _logits(router_output: Tensor, score: str) -> Tensor:
+    logits = router_output.to(torch.promote_types(router_output.dtype, torch.float32))
+    if score != "softmax":
+        return logits
+    if are_probabilities(router_output):
+        logits = logits.clamp(min=torch.finfo(logits.dtype).tiny).log()
+    return logits - logits.mean(-1, keepdim=True)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _copy(value: Any) -> Any:
+    """A copy of what a model is called with: frameworks reuse the memory of batches."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_copy, value))
+    return value
