@@ -34,7 +34,10 @@ PATCHES = {
 }
 """The exact name of a module, and the function that patches it."""
 
-PATCHES_IF_ENABLED = {"transformers.modeling_utils": "densemixer_adapters.environment:patch_modeling_utils"}
+PATCHES_IF_ENABLED = {
+    "transformers.modeling_utils": "densemixer_adapters.environment:patch_modeling_utils",
+    "transformers.trainer": "densemixer_adapters.callback:patch_trainer",
+}
 """Those that are made only where the environment asks for DenseMixer in every program."""
 
 SWITCH = "DENSEMIXER_BOOT"

@@ -155,6 +155,10 @@ def _check_v1(arguments: Any) -> None:
     from llamafactory.v1.core.model_engine import ModelEngine
 
     _check_hook(ModelEngine._init_model, "llamafactory.v1.core.model_engine.ModelEngine._init_model")
+    if (arguments.densemixer or {}).get("metrics"):
+        raise ValueError(
+            "densemixer: metrics is not available in the v1 engine, whose trainer has no callbacks; drop it."
+        )
 
 
 def _check_model_args(model_args: Any) -> None:
@@ -185,10 +189,15 @@ def _refuse(reason: str, fix: str) -> None:
 
 
 def _attach(model: nn.Module, options: dict[str, Any] | None, logger: Any, fix: str | None) -> None:
+    import transformers.trainer
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+    from densemixer_adapters.callback import patch_trainer
 
     config = DenseMixerConfig.from_dict(options or {})
     handle = apply_densemixer(model, config)
+    if config.metrics:
+        patch_trainer(transformers.trainer)
     if is_deepspeed_zero3_enabled():
         mark_leaf_modules(handle)
     logger.info_rank0(f"DenseMixer trains the routers of {len(handle.layers)} layers: {config}.")

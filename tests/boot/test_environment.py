@@ -99,6 +99,7 @@ WRONG: dict[str, tuple[str, dict[str, str]]] = {
         "qwen3",
         {"DENSEMIXER_ESTIMATOR": "dense"},
     ),
+    "environment variable DENSEMIXER_METRICS='maybe': must be 1 or 0": ("qwen3", {"DENSEMIXER_METRICS": "maybe"}),
     "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of": ("qwen3", {"DENSEMIXER_LOG_LEVEL": "loud"}),
     "layers=(9,): the model has 2 Mixture-of-Experts layers": ("qwen3", {"DENSEMIXER_LAYERS": "9"}),
     "DENSEMIXER_ENABLED=1: model.layers.0.feed_forward (Llama4TextMoe): DenseMixer can't train it": ("llama4", {}),
@@ -168,6 +169,24 @@ def test_off(full: Environment, checkpoints: Path, variables: dict[str, str]) ->
     (share,), lines = program(full, checkpoints, ("from_pretrained", "qwen3", {}), **variables)
     assert share < 1e-6
     assert not lines
+
+
+@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_METRICS": "1"}])
+def test_router_metrics(full: Environment, checkpoints: Path, tmp_path: Path, variables: dict[str, str]) -> None:
+    if not is_installed("accelerate"):
+        pytest.skip("needs accelerate, for the HF Trainer; run `nox -s llamafactory`")
+    code = (
+        "import json, sys; from transformers import AutoModelForCausalLM, Trainer, TrainingArguments\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "rows = [{'input_ids': list(range(12)), 'labels': list(range(12))}] * 8\n"
+        "settings = dict(max_steps=1, logging_steps=1, save_strategy='no', report_to='none', use_cpu=True)\n"
+        "trainer = Trainer(model, TrainingArguments(sys.argv[2], **settings), train_dataset=rows)\n"
+        "trainer.train()\n"
+        "print(json.dumps(trainer.state.log_history[0]))"
+    )
+    done = full.run(full.python, "-c", code, checkpoints / "qwen3", tmp_path, DENSEMIXER_ENABLED="1", **variables)
+    assert done.returncode == 0, done.stderr
+    assert ("densemixer/router_grad_norm" in done.stdout.splitlines()[-1]) == bool(variables)
 
 
 def test_an_editable_install(checkpoints: Path, tmp_path: Path) -> None:

@@ -92,6 +92,7 @@ def test_the_help_is_the_same_but_for_our_fields(llamafactory: LlamaFactory) -> 
         ({"estimator": "dense"}, "densemixer: estimator must be one of"),
         ({"layers": "first"}, "densemixer: layers must be a list of positions"),
         ({"workspace_mb": "big"}, "densemixer: workspace_mb must be an integer"),
+        ({"metrics": "yes"}, "densemixer: metrics must be true or false"),
         (["centered"], "densemixer: the options of DenseMixer must be a mapping"),
         ("{centered", "densemixer must be a mapping, or one as JSON"),
     ],
@@ -114,6 +115,14 @@ def test_options_reach_the_layers(arguments: dict[str, Any], messages: list[str]
 
 def test_options_as_json_on_a_command_line(arguments: dict[str, Any]) -> None:
     assert parse({**arguments, "densemixer": '{"layers": "-1:"}'})[3].densemixer == {"layers": "-1:"}
+
+
+@pytest.mark.usefixtures("llamafactory")
+def test_metrics_are_refused_in_the_v1_engine() -> None:
+    from llamafactory.v1.config.model_args import ModelArguments
+
+    with pytest.raises(ValueError, match="metrics is not available in the v1 engine"):
+        ModelArguments(use_densemixer=True, densemixer={"metrics": True})
 
 
 def test_options_without_the_switch(arguments: dict[str, Any], messages: list[str]) -> None:

@@ -122,6 +122,23 @@ def test_two_ranks_train_like_one(
     assert difference(one, llamafactory.train(alone, *SGD, key=False), start) > 0.05
 
 
+def test_router_metrics(llamafactory: LlamaFactory) -> None:
+    """In the Trainer's log, on two ranks of ZeRO-3, which train as without them."""
+    settings = *SGD, ZERO3, "per_device_train_batch_size=2"
+    run = llamafactory.train("zero3.yaml", *settings, "densemixer.metrics=true", ranks=2)
+    plain = llamafactory.train("zero3.yaml", *settings, ranks=2)
+    assert run.losses == plain.losses
+    assert all(torch.equal(weight, plain.weights[name]) for name, weight in run.weights.items())
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    logged = [entry for entry in state["log_history"] if "densemixer/router_grad_norm" in entry]
+    assert len(logged) == len(run.losses)
+    for entry in logged:
+        assert 0 < entry["densemixer/router_grad_norm"] < entry["grad_norm"]
+        assert 0 < entry["densemixer/layer_1/router_grad_share_unselected"] < 1
+    assert logged[-1]["densemixer/logit_drift"] > 0
+    assert "densemixer/" not in (plain.output / "trainer_state.json").read_text()
+
+
 def test_the_v1_engine(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
     def losses(run: Run) -> list[str]:
         return re.findall(r"loss['\"]?[:=] *([0-9.]+)", run.log)

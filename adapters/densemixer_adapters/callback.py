@@ -1,0 +1,209 @@
+"""Router metrics in the log of the HF Trainer, and so in ``trainer_state.json``, TensorBoard and W&B.
+
+``Trainer(..., callbacks=[DenseMixerCallback()])`` for a model that DenseMixer is attached to. Where a program's own
+source isn't touched, the option ``metrics`` has `patch_trainer` add it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from densemixer_adapters.metrics import PREFIX, RouterMeter, named
+from densemixer_adapters.probe import Probe
+from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.transformers import attached_layers
+from densemixer_adapters.verdict import judge
+
+logger = logging.getLogger("densemixer")
+
+
+class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
+    """Adds the router metrics to each of the Trainer's logs of a training step.
+
+    Gradients and lost updates are those of the log's last step, the load is that of all steps since the log before, and
+    the routing is compared with that at the start of ``train()``. Each log costs one more forward, without gradients,
+    of one micro-batch. Progress bars print the metrics over all layers alone.
+
+    Training is the same bit for bit, with it and without.
+    """
+
+    def __init__(self) -> None:
+        self._layers: list[Any] = []
+        self._meter: RouterMeter | None = None
+        self._probe: Probe | None = None
+        self._lost: LostUpdates | None = None
+        self._scale: float | None = 1.0
+        self._due: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+        self._last_step = -1
+        self._original_log: Any = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Start to watch.
+
+        Raises:
+            ValueError: DenseMixer isn't attached to the model.
+        """
+        self.close()
+        self._layers = [] if model is None else attached_layers(model)
+        if model is None or not self._layers:
+            raise ValueError(
+                f"DenseMixerCallback: DenseMixer is not attached to {type(model).__name__}, so there is nothing to "
+                "measure. Call apply_densemixer(model) before Trainer.train, or leave the callback out."
+            )
+        self._meter = RouterMeter(self._layers, load=True)
+        self._probe = Probe(self._layers, model)
+        self._lost = LostUpdates(self._layers)
+        self._last, self._last_step = {}, -1
+        self._original_log = Trainer.log
+        Trainer.log = _with_metrics(Trainer.log)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._meter is not None:
+            self._meter.discard_gradients()
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # DeepSpeed has stepped already, by copies in float32.
+        deepspeed = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
+        scaler = getattr(optimizer, "scaler", None)
+        self._scale = 1.0 if scaler is None else scaler.get_scale()
+        if deepspeed and args.fp16:
+            self._scale = None  # it scales the loss by a factor of its own, and may have changed that by now
+        if self._lost is not None and not deepspeed:
+            self._lost.before_step(optimizer)
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._lost is not None:
+            self._lost.after_step(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if control.should_log:
+            self._measure(state)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if control.should_log:
+            self._measure(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # Those that report have had their turn; of what comes next, progress bars print all that is left.
+        for name in [name for name in logs or {} if name.startswith(f"{PREFIX}layer_")]:
+            del logs[name]  # type: ignore[union-attr]
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Warn if DenseMixer has done nothing, and stop watching."""
+        if self._last_step < state.global_step:
+            self._measure(state)
+        verdict = judge({name.removeprefix(PREFIX): value for name, value in self._last.items()})
+        if state.is_world_process_zero and self._last and not verdict.works:
+            logger.warning("%s.", verdict.text)
+        self.close()
+
+    def take(self) -> dict[str, float]:
+        """What is to be logged and hasn't been yet."""
+        due, self._due = self._due, {}
+        return due
+
+    def close(self) -> None:
+        """Stop watching, and leave model and Trainer as they were."""
+        if self._meter is not None:
+            self._meter.remove()
+        if self._probe is not None:
+            self._probe.remove()
+        if self._original_log is not None and getattr(Trainer.log, "__wrapped__", None) is self._original_log:
+            Trainer.log = self._original_log
+        self._meter = self._probe = self._lost = self._original_log = None
+        self._due = {}
+
+    def _measure(self, state: TrainerState) -> None:
+        if self._meter is None or self._probe is None or self._lost is None or self._last_step == state.global_step:
+            return
+        self._last_step = state.global_step
+        values = self._meter.gradients(1.0 if self._scale is None else self._scale)
+        if self._scale is None:
+            values.pop("router_grad_norm", None)
+        values |= self._meter.load() | self._probe.measure() | self._lost.measure()
+        self._last = self._due = named(self._layers, values)
+
+
+def patch_trainer(module: Any) -> None:
+    """Have the Trainer add the callback as it starts to train a model whose layers have the option ``metrics``.
+
+    Args:
+        module: ``transformers.trainer``.
+    """
+    original = module.Trainer.train
+    if hasattr(original, "densemixer"):
+        return
+
+    @functools.wraps(original)
+    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+        callbacks = self.callback_handler.callbacks
+        wanted = any(layer.config.metrics for layer in attached_layers(self.model))
+        if not wanted or any(isinstance(callback, DenseMixerCallback) for callback in callbacks):
+            return original(self, *args, **kwargs)
+        printers = [
+            p for p, callback in enumerate(callbacks) if isinstance(callback, PrinterCallback | ProgressCallback)
+        ]
+        ours = DenseMixerCallback()
+        callbacks.insert(printers[0] if printers else len(callbacks), ours)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            ours.close()
+            callbacks.remove(ours)
+
+    train.densemixer = True  # type: ignore[attr-defined]
+    module.Trainer.train = train
+
+
+def _with_metrics(original: Any) -> Any:
+    """``Trainer.log``, with what is due. A callback can't do that: those before it have seen the log already."""
+
+    @functools.wraps(original)
+    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, DenseMixerCallback):
+                logs.update(callback.take())
+        original(self, logs, *args, **kwargs)
+
+    return log

@@ -1,0 +1,163 @@
+"""Router metrics on two ranks. Usage: torchrun --nproc-per-node 2 metrics_on_ranks.py REPORT.
+
+Each rank has half of the batch. Rank 0 writes JSON: for each setting the metrics of two steps, or the error.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+import transformers
+from accelerate.state import PartialState
+from runs import loss_of
+from setting import batch, build, checkpoint
+from torch.nn.parallel import DistributedDataParallel
+from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config
+
+from densemixer_adapters.callback import DenseMixerCallback
+from densemixer_adapters.deepspeed import mark_leaf_modules
+from densemixer_adapters.metrics import RouterMeter, named
+from densemixer_adapters.probe import Probe
+from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.transformers import DenseMixerHandle, apply_densemixer
+
+RATE = 0.5
+Metrics = list[dict[str, float]]
+
+
+def two_steps(handle: DenseMixerHandle, model: Any, run: Callable[[], None], optimizer: Any) -> Metrics:
+    """``run`` makes gradients, and steps where ``optimizer`` is None. ``model`` is what the probe calls."""
+    layers = handle.layers
+    meter, probe, lost = RouterMeter(layers, load=True), Probe(layers, model), LostUpdates(layers)
+    found = []
+    for _ in range(2):
+        run()
+        if optimizer is not None:
+            lost.before_step(optimizer)
+            optimizer.step()
+            lost.after_step()
+            optimizer.zero_grad()
+        found.append(named(layers, meter.gradients() | meter.load() | probe.measure() | lost.measure()))
+    return found
+
+
+def alone() -> Metrics:
+    """The whole batch in one process."""
+    model = build()
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    return two_steps(apply_densemixer(model), model, lambda: loss_of(model, batch()).backward(), optimizer)
+
+
+def ddp() -> Metrics:
+    model = build()
+    handle = apply_densemixer(model)
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    return two_steps(handle, model, lambda: backward(wrapped), optimizer)
+
+
+def fsdp1() -> Metrics:
+    model = build()
+    handle = apply_densemixer(model)
+    wrapped = wrap_fsdp1(model, ("DecoderLayer",), use_orig_params=False)
+    return two_steps(handle, wrapped, lambda: backward(wrapped), torch.optim.SGD(wrapped.parameters(), lr=RATE))
+
+
+def fsdp2(kind: str = "none", wrap: tuple[str, ...] = ("DecoderLayer",)) -> Metrics:
+    model = build()
+    handle = apply_densemixer(model)
+    checkpoint(model, kind)
+    wrap_fsdp2(model, wrap)
+    return two_steps(handle, model, lambda: backward(model), torch.optim.SGD(model.parameters(), lr=RATE))
+
+
+def zero(kind: str = "none") -> Metrics:
+    model = build()
+    handle = apply_densemixer(model)
+    mark_leaf_modules(handle)
+    checkpoint(model, kind)
+    config = {**zero_config(3), "gradient_clipping": 0.0, "optimizer": {"type": "SGD", "params": {"lr": RATE}}}
+    engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+    def run() -> None:
+        engine.backward(loss_of(engine, my_share()))
+        engine.step()
+
+    found = two_steps(handle, model, run, None)
+    engine.destroy()
+    return found
+
+
+def zero_with_trainer() -> Metrics:
+    """The callback, by the Trainer's log."""
+    model = build()
+    mark_leaf_modules(apply_densemixer(model))
+    # Without a GPU, the Trainer's own accelerate would take each rank for the only one.
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    arguments = transformers.TrainingArguments(
+        tempfile.mkdtemp(),
+        deepspeed={**zero_config(3), "gradient_clipping": 0.0},
+        per_device_train_batch_size=2,
+        max_steps=2,
+        logging_steps=1,
+        optim="sgd",
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        save_strategy="no",
+        report_to="none",
+        accelerator_config={"use_configured_state": True},
+    )
+    # The order of the data is that of the batch in each epoch, as far as a sum over it can tell.
+    rows = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in batch().tolist()]
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[DenseMixerCallback()])
+    trainer.train()
+    return [
+        {name: value for name, value in entry.items() if name.startswith("densemixer/")}
+        for entry in trainer.state.log_history[:2]
+    ]
+
+
+SETTINGS: dict[str, Callable[[], Metrics]] = {
+    "alone": alone,
+    "DDP": ddp,
+    "FSDP1": fsdp1,
+    "FSDP2": fsdp2,
+    "FSDP2, routers and experts wrapped": functools.partial(fsdp2, wrap=("DecoderLayer", "Router", "Experts")),
+    "FSDP2, checkpointing reentrant": functools.partial(fsdp2, "reentrant"),
+    "FSDP2, checkpointing non-reentrant": functools.partial(fsdp2, "non-reentrant"),
+    "ZeRO-3": zero,
+    "ZeRO-3, checkpointing reentrant": functools.partial(zero, "reentrant"),
+    "ZeRO-3, Trainer": zero_with_trainer,
+}
+
+
+def main(report: Path) -> None:
+    deepspeed.init_distributed("gloo")
+    results: dict[str, Any] = {}
+    for name, setting in SETTINGS.items():
+        try:
+            results[name] = setting()
+        except Exception:
+            results[name] = traceback.format_exc()
+        if dist.get_rank() == 0:
+            print(name, results[name], flush=True)
+            report.write_text(json.dumps(results))
+    sys.stdout.flush()
+    os._exit(0)  # threads of gloo may outlive what they belong to
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
