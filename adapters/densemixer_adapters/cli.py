@@ -137,6 +137,54 @@ def _build(checkpoint: str) -> Any:
 
 
 @app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run's output folder, or its log.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", help="Folder for densemixer.png and densemixer.html; RUN_DIR if not given."),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print verdict and numbers as JSON, and draw nothing.")
+    ] = False,
+) -> None:
+    """Say whether DenseMixer did anything in a run, and draw its router metrics.
+
+    Reads trainer_state.json (HF Trainer, LLaMA-Factory, TRL), of the newest checkpoint if the run has none, or what
+    verl's logger `file` wrote. The exit status is 1 if the run has no router metrics, 2 if it can't be read.
+    """
+    from densemixer_adapters.report import UnreadableRunError, read_run, write
+    from densemixer_adapters.report import as_json as to_json
+
+    try:
+        series = read_run(run_dir)
+    except UnreadableRunError as error:
+        typer.echo(f"densemixer report: {error}", err=True)
+        raise typer.Exit(2) from None
+    if not series:
+        typer.echo(
+            f"densemixer report: {run_dir} has no router metrics. Switch them on for the next run with the option "
+            "metrics: `densemixer: {metrics: true}` in LLaMA-Factory, DENSEMIXER_METRICS=1 with DENSEMIXER_ENABLED=1, "
+            "callbacks=[DenseMixerCallback()] for a Trainer, +...override_config.densemixer='{metrics: true}' in verl.",
+            err=True,
+        )
+        raise typer.Exit(1)
+    if as_json:
+        typer.echo(to_json(series))
+        return
+    for one in series:
+        typer.echo(f"{one.name}: {one.verdict.text}" if one.name else one.verdict.text)
+    try:
+        written = write(series, output or (run_dir if run_dir.is_dir() else run_dir.parent))
+    except ImportError:
+        typer.echo("densemixer report: drawing needs matplotlib: pip install matplotlib; or use --json", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        typer.echo(f"densemixer report: can't write the report: {error}; choose a folder with --output", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"Wrote {' and '.join(map(str, written))}.")
+
+
+@app.command()
 def setup(
     remove: Annotated[bool, typer.Option("--remove", help="Delete the file that this command wrote.")] = False,
 ) -> None:
