@@ -6,6 +6,7 @@ arguments after `--` go to pytest. `ci/pin.sh` writes the files in `environments
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ ORIGINAL = ROOT / ".nox" / "original.pt"
 
 # Two at a time. The tests of a file share what it takes long to set up.
 PYTEST = ("pytest", "-n2", "--dist=loadfile")
+
+# DeepSpeed compiles an extension when it is first used. In the home directory, the lock of a compilation that was killed
+# would stop every later one.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".nox" / "torch_extensions"))
 
 nox.options.envdir = str(ROOT / ".nox")
 nox.options.default_venv_backend = "venv"
