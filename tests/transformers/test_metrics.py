@@ -123,7 +123,7 @@ def test_every_architecture() -> None:
             weights: Any = [layer.router.weight for layer in linear]
             assert found == pytest.approx([weight.grad.norm().item() for weight in weights], rel=1e-6), folder
             measured += bool(found)
-    assert measured > 30
+    assert measured > 20
 
 
 def test_a_frozen_router_has_no_gradient_metrics() -> None:
