@@ -121,14 +121,22 @@ def test_leading_dimensions_are_kept() -> None:
     assert_equal_gradients(layer.gradients(through), layer.truth("densemixer"), 1e-10)
 
 
-def test_a_function_may_evaluate_the_experts() -> None:
+@pytest.mark.parametrize("budget", [1.0, 0.5])
+def test_a_function_may_evaluate_the_experts(budget: float) -> None:
     """For experts in other processes. It is called once, in the backward, with rows and without gradient tracking."""
     layer = Layer(Case(tokens=12))
     calls = []
 
-    def evaluate(x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    def evaluate(
+        x: torch.Tensor, g: torch.Tensor, sensitivity: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         calls.append((x.shape, torch.is_grad_enabled()))
-        return expert_dots(x, g, StackedExperts(layer.weights, layer.layout))
+        dots = expert_dots(x, g, StackedExperts(layer.weights, layer.layout))
+        if sensitivity is None:
+            return dots, None
+        # Half of what is there, counted twice.
+        assert torch.equal(sensitivity == 0, torch.zeros_like(dots).scatter(1, layer.index, 1) == 1)
+        return dots / 2, torch.full_like(dots, 2)
 
     output, scores, weights = layer.host()
     through = straight_through(
@@ -140,7 +148,7 @@ def test_a_function_may_evaluate_the_experts() -> None:
         experts=evaluate,
         score="softmax",
         renormalised=True,
-        config=DenseMixerConfig(),
+        config=DenseMixerConfig(budget=budget),
     )
     assert calls == []
     assert_equal_gradients(layer.gradients(through), layer.truth("densemixer"), 1e-10)
