@@ -70,7 +70,7 @@ def pretrain(files: list[Path], settings: Settings) -> None:
     settings = on_device(settings)
     torch.manual_seed(settings.seed)
     text = _corpus(files, settings)
-    tokenizer = _tokenizer(text)
+    tokenizer = train_tokenizer(text)
     model = _small_moe(tokenizer).to(settings.device)
     ids = torch.tensor(tokenizer("".join(text))["input_ids"])
     windows = ids[: len(ids) // settings.max_length * settings.max_length].view(-1, settings.max_length)
@@ -105,12 +105,13 @@ def _corpus(files: list[Path], settings: Settings) -> list[str]:
     return corpus
 
 
-def _tokenizer(corpus: list[str]) -> Any:
+def train_tokenizer(corpus: list[str], vocabulary: int = 3072) -> Any:
+    """Byte-level BPE with a chat template, for a small model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=3072,
+        vocab_size=vocabulary,
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

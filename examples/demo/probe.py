@@ -20,7 +20,7 @@ class Probe:
         self._model = model
         self._held_out = held_out
         self._config = config
-        self._start = self._selected_experts()
+        self._start = selected_experts(model, held_out[0])
 
     def measure(self, step: int) -> Measurement:
         with apply_densemixer(self._model, self._config) as handle:
@@ -34,7 +34,7 @@ class Probe:
             gradient_conventional=conventional.norm().item(),
             gradient_densemixer=densemixer.norm().item(),
             share_unselected=(added / (added + conventional.norm())).item(),
-            routing_change=self._routing_change(),
+            routing_change=routing_change(self._start, selected_experts(self._model, self._held_out[0])),
         )
 
     def _loss(self) -> float:
@@ -50,26 +50,31 @@ class Probe:
         loss = self._model(**self._held_out[0]._asdict(), use_cache=False).loss
         return torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, weights)])
 
-    def _routing_change(self) -> float:
-        lost = [before & ~now for before, now in zip(self._start, self._selected_experts(), strict=True)]
-        return sum(int(layer.sum()) for layer in lost) / sum(int(layer.sum()) for layer in self._start)
 
-    def _selected_experts(self) -> list[Tensor]:
-        """Which experts each token goes to: per layer, bool [tokens without padding, experts]."""
-        batch = self._held_out[0]
-        kept = batch.attention_mask.flatten().bool()
-        selected: list[Tensor] = []
+def selected_experts(model: Any, batch: Batch) -> list[Tensor]:
+    """Which experts each token goes to: per layer, bool [tokens without padding, experts].
 
-        def record(experts: Any, args: tuple[Any, ...]) -> None:
-            index = args[1]
-            chosen = torch.zeros(len(index), experts.num_experts, dtype=torch.bool, device=index.device)
-            selected.append(chosen.scatter_(1, index, True)[kept])
+    DenseMixer must not be attached to the model.
+    """
+    kept = batch.attention_mask.flatten().bool()
+    selected: list[Tensor] = []
 
-        with apply_densemixer(self._model, self._config) as handle:
-            hooks = [layer.experts.register_forward_pre_hook(record) for layer in handle.layers]
-            self._model.eval()
-            with torch.no_grad():
-                self._model(**batch._asdict(), use_cache=False)
-        for hook in hooks:
-            hook.remove()
-        return selected
+    def record(experts: Any, args: tuple[Any, ...]) -> None:
+        index = args[1]
+        chosen = torch.zeros(len(index), experts.num_experts, dtype=torch.bool, device=index.device)
+        selected.append(chosen.scatter_(1, index, True)[kept])
+
+    with apply_densemixer(model) as handle:
+        hooks = [layer.experts.register_forward_pre_hook(record) for layer in handle.layers]
+        model.eval()
+        with torch.no_grad():
+            model(**batch._asdict(), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return selected
+
+
+def routing_change(before: list[Tensor], now: list[Tensor]) -> float:
+    """The share of the selections in ``before`` that aren't made ``now``; both from `selected_experts`."""
+    lost = sum(int((old & ~new).sum()) for old, new in zip(before, now, strict=True))
+    return lost / sum(int(layer.sum()) for layer in before)
