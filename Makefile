@@ -1,13 +1,19 @@
 PYTHON ?= python3
 NOX := .venv/bin/nox --noxfile ci/noxfile.py
 
-.PHONY: test demo bench bench-budget clean
+.PHONY: test demo experiment gradient-quality bench bench-budget clean
 
 test: .venv/bin/nox  ## lint, types and all tests, each framework in its own pinned environment
 	$(NOX)
 
 demo: .venv/bin/nox  ## fine-tune a small MoE with and without DenseMixer: make demo ARGS="--help"
 	$(NOX) --session demo -- $(ARGS)
+
+experiment: .venv/bin/nox  ## does DenseMixer help a small MoE in post-training? under an hour on 2 cores, see EVIDENCE.md
+	$(NOX) --session experiment -- $(ARGS)
+
+gradient-quality: .venv/bin/nox  ## the routers' gradient against the effect of changing the routing, see EVIDENCE.md
+	$(NOX) --session gradient_quality -- $(ARGS)
 
 bench: .venv/bin/nox  ## time steps on this machine, against conventional training, the original and the floor
 	$(NOX) --session bench -- $(ARGS)

@@ -82,7 +82,7 @@ def original(session: nox.Session) -> None:
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """transformers adapter, ways of running: oldest version, editable; newest, from a wheel, with core and demo."""
+    """transformers adapter, ways of running: oldest version, editable; newest, a wheel, with core, demo, experiment."""
     install(session, f"transformers-{pins}")
     install_deepspeed(session)
     tests = ["tests/transformers", "tests/parity", "tests/running"]
@@ -90,7 +90,7 @@ def transformers(session: nox.Session, pins: str) -> None:
         install_editable(session)
     else:
         install_wheel(session)
-        tests += ["tests/core", "tests/demo"]  # once: torch is the same
+        tests += ["tests/core", "tests/demo", "tests/experiments"]  # once: torch is the same
     session.run(*PYTEST, *(session.posargs or tests), env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
 
 
@@ -171,3 +171,19 @@ def bench_budget(session: nox.Session) -> None:
     install(session, "transformers-5.23.0")
     install_editable(session)
     session.run("python", "benchmarks/budget_error.py", *session.posargs)
+
+
+@nox.session(default=False)
+def experiment(session: nox.Session) -> None:
+    """Post-train a small Mixture-of-Experts model on two tasks, in five ways, with seeds, tuning and error bars."""
+    install(session, "transformers-5.23.0")
+    install_editable(session)
+    session.run("python", "experiments", *session.posargs)
+
+
+@nox.session(default=False)
+def gradient_quality(session: nox.Session) -> None:
+    """Compare the gradient of routers with the effect of changing the routing."""
+    install(session, "transformers-5.23.0")
+    install_editable(session)
+    session.run("python", "experiments/gradient_quality.py", *session.posargs)

@@ -1,0 +1,125 @@
+"""One run of post-training: an arm, a learning rate and a seed on one task."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import start
+import torch
+from arms import attached
+from corpus import Corpus
+from demo_code import routing_change, selected_experts
+from docstrings import Docstrings
+from sizes import Size
+from statements import Statements
+from tasks import Task
+from transformers import get_cosine_schedule_with_warmup
+
+EVALUATIONS = 5  # of the validation split on the way, besides the one before the first step
+
+
+class Kind(NamedTuple):
+    """A task without its data.
+
+    Attributes:
+        title: What a reader sees.
+        metric: In words, with its unit.
+    """
+
+    make: Callable[[Corpus, Size, int, str], Task]
+    title: str
+    metric: str
+    higher_is_better: bool
+
+
+TASKS = {
+    "sft": Kind(Docstrings, "SFT: function → docstring", "negative log-likelihood, nats/token", False),
+    "rl": Kind(Statements, "RL: complete the statement", "mean reward", True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to run.
+
+    Attributes:
+        task: A key of `TASKS`.
+        arm: A key of `arms.ARMS`.
+        split: On what the result is measured: ``"validation"`` while learning rates are chosen, else ``"test"``.
+    """
+
+    task: str
+    arm: str
+    learning_rate: float
+    seed: int
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Attributes:
+        metric: At the end of the run, on the job's split.
+        curve: Steps taken and the metric on the validation split.
+        routing_change: The share of the expert selections at the start that are no longer made at the end, on the
+            task's probe.
+        router_gradient: Norm of the gradient of all routers' weights, mean over the steps; 0 if they are frozen.
+        share_unselected: The share of it that DenseMixer added, ‖added‖ / (‖added‖ + ‖conventional‖), likewise.
+        seconds: The steps alone, without evaluations.
+    """
+
+    job: Job
+    metric: float
+    curve: list[tuple[int, float]]
+    routing_change: float
+    router_gradient: float
+    share_unselected: float
+    seconds: float
+
+
+def run(job: Job, corpus: Corpus, size: Size, folder: Path, device: str) -> Result:
+    """Post-train all weights of the start model, but for frozen routers: AdamW, warmup, cosine, clipping at 1."""
+    model = start.load_model(folder, device)
+    task = TASKS[job.task].make(corpus, size, job.seed, device)
+    before = selected_experts(model, task.probe)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, task.steps // 20, task.steps)
+    marks = {round(task.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
+    curve = [(0, _evaluate(model, task, "validation"))]
+    norms, shares, seconds = [0.0], [0.0], 0.0
+    with attached(model, job.arm) as gradients:
+        for step in range(task.steps):
+            began = time.perf_counter()
+            model.train()
+            task.loss(model, step).backward()
+            if gradients:
+                gradients.measure()
+                norms.append(gradients.measured["router_grad_norm"])
+                shares.append(gradients.measured["router_grad_share_unselected"])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            seconds += time.perf_counter() - began
+            if step + 1 in marks:
+                curve.append((step + 1, _evaluate(model, task, "validation")))
+    return Result(
+        job=job,
+        metric=curve[-1][1] if job.split == "validation" else _evaluate(model, task, job.split),
+        curve=curve,
+        routing_change=routing_change(before, selected_experts(model, task.probe)),
+        router_gradient=fmean(norms[1:] or norms),
+        share_unselected=fmean(shares[1:] or shares),
+        seconds=seconds,
+    )
+
+
+def _evaluate(model: torch.nn.Module, task: Task, split: str) -> float:
+    model.eval()
+    return task.evaluate(model, split)
