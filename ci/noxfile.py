@@ -20,8 +20,8 @@ ORIGINAL = ROOT / ".nox" / "original.pt"
 # Two at a time. The tests of a file share what it takes long to set up.
 PYTEST = ("pytest", "-n2", "--dist=loadfile")
 
-# DeepSpeed compiles an extension when it is first used. In the home directory, the lock of a compilation that was killed
-# would stop every later one.
+# DeepSpeed compiles an extension when it is first used. In the home directory, the lock of a compilation that was
+# killed would stop every later one.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".nox" / "torch_extensions"))
 
 nox.options.envdir = str(ROOT / ".nox")

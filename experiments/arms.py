@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from densemixer_adapters.metrics import RouterGradients
+from densemixer_adapters.metrics import RouterMeter
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
@@ -23,13 +23,13 @@ ARMS: dict[str, DenseMixerConfig | None] = {
 
 
 @contextlib.contextmanager
-def attached(model: Any, arm: str) -> Iterator[RouterGradients | None]:
+def attached(model: Any, arm: str) -> Iterator[RouterMeter | None]:
     """Train the model by an arm. Yields what measures the gradient of the routers, None if they are frozen."""
     config = ARMS[arm]
     with apply_densemixer(model, config or CONVENTIONAL) as handle:
         routers = [layer.router for layer in handle.layers]
         for router in routers:
             router.requires_grad_(config is not None)
-        yield None if config is None else RouterGradients(handle)
+        yield None if config is None else RouterMeter(handle.layers)
     for router in routers:
         router.requires_grad_(True)

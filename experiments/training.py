@@ -20,6 +20,8 @@ from statements import Statements
 from tasks import Task
 from transformers import get_cosine_schedule_with_warmup
 
+from densemixer_adapters.metrics import NORM, SHARE
+
 EVALUATIONS = 5  # of the validation split on the way, besides the one before the first step
 
 
@@ -99,9 +101,9 @@ def run(job: Job, corpus: Corpus, size: Size, folder: Path, device: str) -> Resu
             model.train()
             task.loss(model, step).backward()
             if gradients:
-                gradients.measure()
-                norms.append(gradients.measured["router_grad_norm"])
-                shares.append(gradients.measured["router_grad_share_unselected"])
+                measured = gradients.gradients()
+                norms.append(measured[NORM][-1])
+                shares.append(measured[SHARE][-1])
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.step()
             scheduler.step()
