@@ -44,8 +44,8 @@ def agreement(predicted: Floats, measured: Floats, sequences: NDArray[np.int64],
     best = predicted == predicted.min(1, keepdims=True)
     by_token = np.stack(
         [
-            _cosines(predicted, measured),
-            _cosines(_centred_ranks(predicted), _centred_ranks(measured)),
+            cosines(predicted, measured),
+            cosines(_centred_ranks(predicted), _centred_ranks(measured)),
             (np.sign(predicted) == np.sign(measured)).mean(1),
             (best * measured).sum(1) / best.sum(1),
             # Sums for the line.
@@ -86,8 +86,8 @@ def _bootstrap(
     return [Interval(*map(float, row)) for row in zip(measures(by_sequence.mean(0)), low, high, strict=True)]
 
 
-def _cosines(one: Floats, other: Floats) -> Floats:
-    """Row by row; 0 where one is zero."""
+def cosines(one: Floats, other: Floats) -> Floats:
+    """Row by row, of [rows, numbers]; 0 where one is zero."""
     norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
     return np.divide((one * other).sum(1), norms, out=np.zeros(len(one)), where=norms > 0)
 
@@ -101,8 +101,8 @@ def cosine_of_sums(one: Floats, other: Floats, seed: int = 0) -> Interval:
     """The cosine between the sums over sequences of two gradients, [sequences, numbers] each."""
     draws = np.random.default_rng(seed).integers(len(one), size=(RESAMPLES, len(one)))
     counts = np.stack([np.bincount(draw, minlength=len(one)) for draw in draws]).astype(np.float64)
-    resampled = _cosines(counts @ one, counts @ other)
+    resampled = cosines(counts @ one, counts @ other)
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(resampled, [tail, 100 - tail])
-    whole = _cosines(one.sum(0, keepdims=True), other.sum(0, keepdims=True))
+    whole = cosines(one.sum(0, keepdims=True), other.sum(0, keepdims=True))
     return Interval(float(whole[0]), float(low), float(high))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def main() -> None:
     ids = held_out_sequences(start.load_corpus(folder / "start").unseen, size)
     model = in_float64(start.load_model(folder / "start", options.device))
     layers = measure(model, ids.to(options.device), size, console)
+    (folder / "gradient_quality.pickle").write_bytes(pickle.dumps(layers))  # all pairs, for other questions
 
     numbers, text = quality_report.numbers(layers), quality_report.tables(layers)
     facts = {"environment": environment(options.device), "size": dataclasses.asdict(size), "measures": numbers}

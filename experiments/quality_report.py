@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agreement import Agreement, Floats, agreement, cosine_of_sums, mean_by_token
+from agreement import Agreement, Floats, agreement, cosine_of_sums, cosines, mean_by_token
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from pairs import EFFECTS, SWAP, Pairs, Token, stack
@@ -16,6 +16,7 @@ from tables import interval, markdown
 ESTIMATORS = ("densemixer", "centered")
 ALL_LAYERS = tuple(f"{name}, all layers" for name in ESTIMATORS)
 MEASURED = "measured"
+POINTS = 2000  # that a plot shows
 COLOURS = {"conventional": "tab:blue", "densemixer": "tab:orange", "centered": "tab:green"}
 
 
@@ -36,6 +37,10 @@ def numbers(layers: list[list[Token]]) -> dict[str, Any]:
                 }
                 for effect in pairs.measured
             },
+            "centered_less_densemixer": {
+                effect: {key: value._asdict() for key, value in found.items()}
+                for effect, found in _advantages(pairs).items()
+            },
         }
         for name, pairs in everything.items()
     } | {"routers": _routers(layers)}
@@ -54,6 +59,9 @@ def tables(layers: list[list[Token]]) -> str:
             shares = [interval(value, ".3f") for value in (found.cosine, found.rank, found.sign, found.slope)]
             nats = [interval(value, "+.4f") for value in (found.intercept, found.favourite)]
             rows.append([effect, estimator, *shares, nats[0], interval(found.r_squared, ".3f"), nats[1]])
+    advantages = [
+        [effect, *(interval(value, "+.3f") for value in found.values())] for effect, found in _advantages(pairs).items()
+    ]
     by_layer = []
     for place, layer in enumerate(layers):
         one = stack(layer)
@@ -71,6 +79,8 @@ def tables(layers: list[list[Token]]) -> str:
             f"Over all layers: {len(pairs.sequences)} tokens of {len(set(pairs.sequences))} sequences, "
             f"{pairs.measured[SWAP].size} pairs of a token and an unselected expert",
             markdown(head, rows),
+            "What `centered` has more than `densemixer`, paired by token",
+            markdown(["Effect", "Cosine", "Same sign"], advantages),
             "What there is to predict: the change of the loss, in nats",
             markdown(["Effect", "Mean over experts", "Best expert of a token", "Share below 0", "Mean size"], bases),
             "By layer",
@@ -90,9 +100,9 @@ def draw(layers: list[list[Token]], path: Path) -> None:
     for effect, axes in ((EFFECTS[1.0], (first, second)), (SWAP, (fourth, fifth))):
         for estimator, place in zip(ESTIMATORS, axes, strict=True):
             _scatter(place, pairs, effect, estimator)
-    _bars(third, pairs, "cosine", "Cosine over a token's unselected experts")
+    _bars(third, pairs, "cosine", "Cosine, mean over tokens")
     _bars(sixth, pairs, "r_squared", "R² over all pairs")
-    figure.savefig(path, dpi=90)
+    figure.savefig(path, dpi=80)
 
 
 def _scatter(axes: Axes, pairs: Pairs, effect: str, estimator: str) -> None:
@@ -100,9 +110,10 @@ def _scatter(axes: Axes, pairs: Pairs, effect: str, estimator: str) -> None:
     x, y = pairs.predicted[effect][estimator].flatten(), pairs.measured[effect].flatten()
     small = float(np.median(np.abs(y)))
     far = float(max(np.abs(x).max(), np.abs(y).max()))
-    axes.scatter(x, y, s=2, alpha=0.15, color=COLOURS[estimator], linewidths=0, rasterized=True)
+    some = np.random.default_rng(0).permutation(len(x))[:POINTS]
+    axes.scatter(x[some], y[some], s=3, alpha=0.3, color=COLOURS[estimator], linewidths=0)
     line = np.concatenate([-np.geomspace(far, small / 10, 200), np.geomspace(small / 10, far, 200)])
-    axes.plot(line, line, color="black", linewidth=0.8, label="exact")
+    axes.plot(line, line, color="black", linewidth=0.8, label="measured = predicted")
     axes.axhline(0, color="black", linewidth=0.4)
     axes.axvline(0, color="black", linewidth=0.4)
     for set_scale, set_limits in ((axes.set_xscale, axes.set_xlim), (axes.set_yscale, axes.set_ylim)):
@@ -121,7 +132,7 @@ def _bars(axes: Axes, pairs: Pairs, measure: str, title: str) -> None:
         errors = [[v.mean - v.low for v in found], [v.high - v.mean for v in found]]
         x = np.arange(len(effects)) + 0.4 * (place - 0.5)
         axes.bar(x, means, 0.38, yerr=errors, capsize=3, color=COLOURS[estimator], label=estimator)
-    axes.set_xticks(range(len(effects)), effects)
+    axes.set_xticks(range(len(effects)), effects, fontsize="small")
     axes.set(title=title)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.grid(alpha=0.3, axis="y")
@@ -132,6 +143,19 @@ def _agreements(pairs: Pairs, effect: str) -> dict[str, Agreement]:
     """By estimator. Of an expert that is added, the conventional one predicts nothing."""
     names = (*ESTIMATORS, *ALL_LAYERS) if effect in EFFECTS.values() else ("conventional", *ESTIMATORS, *ALL_LAYERS)
     return {name: agreement(pairs.predicted[effect][name], pairs.measured[effect], pairs.sequences) for name in names}
+
+
+def _advantages(pairs: Pairs) -> dict[str, dict[str, Interval]]:
+    """For each effect, how much more of the cosine and of the signs `centered` has than `densemixer`, by token."""
+    found = {}
+    for effect, measured in pairs.measured.items():
+        one, other = (pairs.predicted[effect][name] for name in reversed(ESTIMATORS))
+        signs = [(np.sign(predicted) == np.sign(measured)).mean(1) for predicted in (one, other)]
+        found[effect] = {
+            "cosine": mean_by_token(cosines(one, measured) - cosines(other, measured), pairs.sequences),
+            "sign": mean_by_token(signs[0] - signs[1], pairs.sequences),
+        }
+    return found
 
 
 def _base(pairs: Pairs, effect: str) -> dict[str, Interval]:
@@ -153,9 +177,7 @@ def _routers(layers: list[list[Token]]) -> dict[str, Any]:
         pairs = stack(layer)
         found[str(place)] = {}
         for name in ("conventional", *ESTIMATORS, *ALL_LAYERS):
-            one, other = pairs.logits[name], pairs.logits[MEASURED]
-            norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-            by_token = mean_by_token((one * other).sum(1) / norms, pairs.sequences)
+            by_token = mean_by_token(cosines(pairs.logits[name], pairs.logits[MEASURED]), pairs.sequences)
             whole = cosine_of_sums(_weight_gradients(pairs, name), _weight_gradients(pairs, MEASURED))
             found[str(place)][name] = {"token": by_token._asdict(), "sum": whole._asdict()}
     return found
