@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 
 
 TASKS = {
-    "sft": Kind(Docstrings, "SFT: function → docstring", "negative log-likelihood, nats/token", False),
+    "sft": Kind(Docstrings, "SFT: function → docstring", "loss, nats/token", False),
     "rl": Kind(Statements, "RL: complete the statement", "mean reward", True),
 }
 
