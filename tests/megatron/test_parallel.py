@@ -68,7 +68,7 @@ def test_a_budget(layout: str) -> None:
         assert result["output"] == 0, result
         assert result["mean"] < 0.15, result
         assert result["draw"] > 3 * result["mean"], result
-        assert result["bias"] < 4, result
+        assert result["bias"] < 5, result  # the largest of some 200 normal variables over all cells
 
 
 @pytest.mark.parametrize("flag", [False, True])
