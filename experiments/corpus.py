@@ -24,7 +24,6 @@ PRETRAINING = 0.55  # of the files
 SHARES = {"train": 0.25, "validation": 0.07, "test": 0.13}
 STATEMENT_LENGTH = range(20, 80)  # characters
 SIMPLE = (ast.Assign, ast.AugAssign, ast.Return, ast.Expr, ast.Assert, ast.Raise)
-TRAIN_ROWS = 4000  # of each task, at most
 
 
 class Prompt(NamedTuple):
@@ -61,7 +60,7 @@ class Corpus(NamedTuple):
 
 def make_corpus(size: Size) -> Corpus:
     """The same for the same interpreter and size."""
-    pretraining, parts = split_files(library_files())
+    pretraining, parts = split_files(library_files(), size.files)
     tokenizer = train_tokenizer([_text(file) for file in pretraining], size.vocabulary)
     docstrings: dict[str, list[Encoded]] = {}
     prompts: dict[str, list[Prompt]] = {}
@@ -69,15 +68,15 @@ def make_corpus(size: Size) -> Corpus:
         shuffle = random.Random(SPLIT_SEED)
         examples = list(dict.fromkeys(library_examples(files)))
         shuffle.shuffle(examples)
-        limit = {"train": TRAIN_ROWS, "validation": size.validation, "test": size.test}[name]
+        limit = {"train": size.train, "validation": size.validation, "test": size.test}[name]
         docstrings[name] = encode(examples, tokenizer, size.sft_length, limit)
         prompts[name] = _prompts(files, tokenizer, size.rl_prompt, limit, shuffle)
     return Corpus(tokenizer, _ids(pretraining, tokenizer), _ids(parts["test"], tokenizer), docstrings, prompts)
 
 
-def split_files(files: list[Path]) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files that pretrain, and those of the three splits of post-training."""
-    files = random.Random(SPLIT_SEED).sample(files, len(files))
+def split_files(files: list[Path], limit: int) -> tuple[list[Path], dict[str, list[Path]]]:
+    """Of ``limit`` files, those that pretrain, and those of the three splits of post-training."""
+    files = random.Random(SPLIT_SEED).sample(files, len(files))[:limit]
     first = round(PRETRAINING * len(files))
     pretraining, parts = files[:first], {}
     for name, share in SHARES.items():

@@ -19,7 +19,8 @@ class Size:
         rl_samples: Completions drawn for each of them; their rewards are compared with each other.
         rl_prompt: Length of every prompt.
         rl_completion: The most that is drawn of a completion.
-        validation, test: Examples (SFT) and prompts (RL) of these splits, at most.
+        files: Of the standard library, at most.
+        train, validation, test: Examples (SFT) and prompts (RL) of these splits, at most.
         held_out_samples: Completions drawn for each held-out prompt.
         sft_rates, rl_rates: The learning rates that are tried for every arm.
         tuning_seeds: Runs for each of them, on seeds of their own.
@@ -46,6 +47,8 @@ class Size:
     rl_prompt: int
     rl_completion: int
     rl_steps: int
+    files: int
+    train: int
     validation: int
     test: int
     held_out_samples: int
@@ -77,6 +80,8 @@ SMALL = Size(
     rl_prompt=48,
     rl_completion=16,
     rl_steps=50,
+    files=1000,  # all there are
+    train=4000,
     validation=128,
     test=512,
     held_out_samples=4,
@@ -107,6 +112,8 @@ SIZES = {
         rl_samples=4,
         rl_completion=8,
         rl_steps=4,
+        files=80,
+        train=64,
         validation=8,
         test=8,
         held_out_samples=1,

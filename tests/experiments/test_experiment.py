@@ -36,7 +36,7 @@ def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*command, "--arms", "conventional", "densemixer"],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # where other tests have the processor
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
