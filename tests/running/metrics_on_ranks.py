@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +17,10 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-import transformers
-from accelerate.state import PartialState
 from runs import loss_of
 from setting import batch, build, checkpoint
 from torch.nn.parallel import DistributedDataParallel
-from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config
+from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config, zero_trainer
 
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules
@@ -103,26 +100,8 @@ def zero_with_trainer() -> Metrics:
     """The callback, by the Trainer's log."""
     model = build()
     mark_leaf_modules(apply_densemixer(model))
-    # Without a GPU, the Trainer's own accelerate would take each rank for the only one.
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo")
-    arguments = transformers.TrainingArguments(
-        tempfile.mkdtemp(),
-        deepspeed={**zero_config(3), "gradient_clipping": 0.0},
-        per_device_train_batch_size=2,
-        max_steps=2,
-        logging_steps=1,
-        optim="sgd",
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        save_strategy="no",
-        report_to="none",
-        accelerator_config={"use_configured_state": True},
-    )
     # The order of the data is that of the batch in each epoch, as far as a sum over it can tell.
-    rows = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in batch().tolist()]
-    trainer = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[DenseMixerCallback()])
+    trainer = zero_trainer(model, RATE, DenseMixerCallback(), max_steps=2, logging_steps=1)
     trainer.train()
     return [
         {name: value for name, value in entry.items() if name.startswith("densemixer/")}

@@ -210,10 +210,8 @@ def zero_with_accelerate() -> Result:
     return compare(gradients)
 
 
-def zero_with_trainer() -> Result:
-    model = build()
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    mark_leaf_modules(apply_densemixer(model))
+def zero_trainer(model: Any, learning_rate: float, *callbacks: Any, **options: Any) -> transformers.Trainer:
+    """The HF Trainer with ZeRO-3 and plain SGD, for this rank's half of the batch in each step."""
     # Without a GPU, the Trainer's own accelerate would take each rank for the only one.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     PartialState(backend="gloo")
@@ -221,18 +219,25 @@ def zero_with_trainer() -> Result:
         tempfile.mkdtemp(),
         deepspeed={**zero_config(3), "gradient_clipping": 0.0},
         per_device_train_batch_size=2,
-        max_steps=1,
         optim="sgd",
-        learning_rate=STEP,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         max_grad_norm=0.0,
         save_strategy="no",
         report_to="none",
         accelerator_config={"use_configured_state": True},
+        **options,
     )
     # The Trainer divides by the number of labels, and a sequence's first one can't be predicted.
     rows = [{"input_ids": row, "labels": [-100, *row[1:]]} for row in batch().tolist()]
-    transformers.Trainer(model, arguments, train_dataset=rows).train()
+    return transformers.Trainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def zero_with_trainer() -> Result:
+    model = build()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    mark_leaf_modules(apply_densemixer(model))
+    zero_trainer(model, STEP, max_steps=1).train()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         return compare({name: (before[name] - value.detach()) / STEP for name, value in model.named_parameters()})
 
