@@ -79,11 +79,19 @@ def _bootstrap(
     """Measures of the means over tokens, and their percentile intervals; all sequences have equally many tokens."""
     _, groups = np.unique(sequences, return_inverse=True)
     by_sequence = np.stack([by_token[groups == group].mean(0) for group in range(groups.max() + 1)])
-    draws = np.random.default_rng(seed).integers(len(by_sequence), size=(RESAMPLES, len(by_sequence)))
-    resampled = measures(by_sequence[draws].mean(1))
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail], axis=0)
+    low, high = _percentiles(measures(by_sequence[_draws(len(by_sequence), seed)].mean(1)))
     return [Interval(*map(float, row)) for row in zip(measures(by_sequence.mean(0)), low, high, strict=True)]
+
+
+def _draws(count: int, seed: int) -> NDArray[np.int64]:
+    """Which of the sequences each resampling takes, [resamples, sequences]."""
+    return np.random.default_rng(seed).integers(count, size=(RESAMPLES, count))
+
+
+def _percentiles(resampled: Floats) -> Floats:
+    """Both ends of the interval, [2, ...], of [resamples, ...]."""
+    tail = 100 * (1 - CONFIDENCE) / 2
+    return np.asarray(np.percentile(resampled, [tail, 100 - tail], axis=0))
 
 
 def cosines(one: Floats, other: Floats) -> Floats:
@@ -99,10 +107,7 @@ def _centred_ranks(values: Floats) -> Floats:
 
 def cosine_of_sums(one: Floats, other: Floats, seed: int = 0) -> Interval:
     """The cosine between the sums over sequences of two gradients, [sequences, numbers] each."""
-    draws = np.random.default_rng(seed).integers(len(one), size=(RESAMPLES, len(one)))
-    counts = np.stack([np.bincount(draw, minlength=len(one)) for draw in draws]).astype(np.float64)
-    resampled = cosines(counts @ one, counts @ other)
-    tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
+    counts = np.stack([np.bincount(draw, minlength=len(one)) for draw in _draws(len(one), seed)]).astype(np.float64)
+    low, high = _percentiles(cosines(counts @ one, counts @ other))
     whole = cosines(one.sum(0, keepdims=True), other.sum(0, keepdims=True))
     return Interval(float(whole[0]), float(low), float(high))
