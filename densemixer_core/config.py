@@ -19,13 +19,19 @@ _WORDS = {
 }
 
 
-def _read_flag(text: str) -> bool:
-    if text.lower() not in _WORDS:
+def read_flag(text: str) -> bool:
+    """What an environment variable that is a switch says.
+
+    Raises:
+        ValueError: It is no word for on or off.
+    """
+    word = text.strip().lower()
+    if word not in _WORDS:
         raise ValueError("must be 1 or 0")
-    return _WORDS[text.lower()]
+    return _WORDS[word]
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"workspace_mb": int, "budget": float, "seed": int, "metrics": _read_flag}
+_READERS: dict[str, Callable[[str], Any]] = {"workspace_mb": int, "budget": float, "seed": int, "metrics": read_flag}
 """The fields that are no strings, and how to read them from text."""
 
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?[1-9]\d*)?)?")

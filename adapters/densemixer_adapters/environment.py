@@ -28,10 +28,11 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters._boot import ENABLED, OFF
+from densemixer_adapters._boot import ENABLED
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers, has_experts
 from densemixer_core import DenseMixerConfig
+from densemixer_core.config import read_flag
 
 logger = logging.getLogger("densemixer")
 
@@ -45,7 +46,6 @@ MODEL_SWITCHES = {
 """The original's variables, which are on unless they are set to off, and the model types that they speak of."""
 
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-ON = ("1", "true", "yes", "on", "t")
 
 _loading = contextvars.ContextVar("densemixer_loading", default=False)
 
@@ -162,9 +162,7 @@ def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
     text = environ.get(name)
     if text is None:
         return default
-    word = text.strip().lower()
-    if word in ON:
-        return True
-    if not word or word in OFF:
-        return False
-    raise ValueError(f"environment variable {name}={text!r}: must be 1 or 0")
+    try:
+        return bool(text.strip()) and read_flag(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {name}={text!r}: {error}") from None
