@@ -248,19 +248,20 @@ def gathered_dots(
         selected: How many of them a token goes through.
         group: The ranks that the experts are split over.
         budget, seed: As in `densemixer_core.DenseMixerConfig`.
-        workspace_bytes: Upper bound on temporaries: half of it for what is gathered, half for the experts.
+        workspace_bytes: Upper bound on temporaries: half of it for what is gathered, half for the
+            experts; all of it for these on a single rank.
 
     Returns:
         [tokens, experts], float32 or float64; with sensitivities, the factors too.
     """
-    half, held = workspace_bytes // 2, slice(indices[0], indices[-1] + 1)
-    ranks = dist.get_world_size(group)
+    ranks, held = dist.get_world_size(group), slice(indices[0], indices[-1] + 1)
+    own = workspace_bytes if ranks == 1 else workspace_bytes // 2  # the experts' share
 
     def evaluate(x: Tensor, g: Tensor, sensitivity: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
         if sensitivity is None:
-            return (torch.cat([expert_dots(x, g, some, workspace_bytes=half) for some in experts], 1),)
+            return (torch.cat([expert_dots(x, g, some, workspace_bytes=own) for some in experts], 1),)
         drawn = share_of_pairs(tokens * (count - selected) * len(indices) // count, budget)
-        return sampled_dots(x, g, sensitivity[:, held], drawn, seed, _stack(experts), workspace_bytes=half)
+        return sampled_dots(x, g, sensitivity[:, held], drawn, seed, _stack(experts), workspace_bytes=own)
 
     if ranks == 1:
         return _with_factors(evaluate(x, g, sensitivity, len(x)))
@@ -269,7 +270,7 @@ def gathered_dots(
     lengths: list[int] = gathered.tolist()
     longest = max(lengths)
     numbers = 2 if sensitivity is None else 5  # of 4 bytes for a token and an expert: gathered, and what we add to
-    step = max(1, min(longest, half // (ranks * (2 * x.shape[1] * x.element_size() + numbers * count * 4))))
+    step = max(1, min(longest, own // (ranks * (2 * x.shape[1] * x.element_size() + numbers * count * 4))))
     parts = []
     for start in range(0, max(1, longest), step):
         all_x, all_g = (_all_gather(tensor[start : start + step], step, group) for tensor in (x, g))
