@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from densemixer_adapters.metrics import PREFIX, RouterMeter, named
+from densemixer_adapters.metric_names import NORM, PREFIX
+from densemixer_adapters.metrics import RouterMeter, named
 from densemixer_adapters.probe import Probe
 from densemixer_adapters.rounding import LostUpdates
 from densemixer_adapters.transformers import attached_layers
@@ -160,7 +161,7 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         self._last_step = state.global_step
         values = self._meter.gradients(1.0 if self._scale is None else self._scale)
         if self._scale is None:
-            values.pop("router_grad_norm", None)
+            values.pop(NORM, None)
         values |= self._meter.load() | self._probe.measure() | self._lost.measure()
         self._last = self._due = named(self._layers, values)
 

@@ -17,15 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from densemixer_adapters.metric_names import COSINE, ENTROPY, MAXIMUM, NORM, PREFIX, SHARE
 from densemixer_adapters.transformers import DenseMixerLayer
 from densemixer_core.routing import score_gradient_to_logits
-
-PREFIX = "densemixer/"
-NORM = "router_grad_norm"
-SHARE = "router_grad_share_unselected"
-COSINE = "router_grad_cosine_conventional"
-ENTROPY = "load_entropy"
-MAXIMUM = "load_max_over_mean"
 
 
 class RouterMeter:

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from densemixer_adapters.metric_names import CHANGE, DRIFT
 from densemixer_adapters.metrics import sum_over_ranks
 from densemixer_adapters.transformers import DenseMixerLayer
 from densemixer_core.routing import are_probabilities
 
-CHANGE = "routing_change"
-DRIFT = "logit_drift"
 TOKENS = 4096
 """Of the batch, on each rank, that are compared; the reference is kept in memory."""
 

@@ -15,19 +15,19 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from densemixer_adapters.metric_names import CHANGE, COSINE, DRIFT, ENTROPY, LOST, MAXIMUM, NORM, PREFIX, SHARE
 from densemixer_adapters.verdict import Verdict, judge
 
 STATE = "trainer_state.json"
-MARK = "densemixer/"
 TITLES = {
-    "router_grad_norm": "norm of the routers' gradient",
-    "router_grad_share_unselected": "share of it from unselected experts",
-    "router_grad_cosine_conventional": "cosine with the conventional gradient",
-    "load_entropy": "entropy of the experts' load (1: even)",
-    "load_max_over_mean": "load of the busiest expert / mean load",
-    "routing_change": "routing changed since the start, share of selections",
-    "logit_drift": "drift of the logits since the start, relative",
-    "updates_lost": "share of updates lost to rounding",
+    NORM: "norm of the routers' gradient",
+    SHARE: "share of it from unselected experts",
+    COSINE: "cosine with the conventional gradient",
+    ENTROPY: "entropy of the experts' load (1: even)",
+    MAXIMUM: "load of the busiest expert / mean load",
+    CHANGE: "routing changed since the start, share of selections",
+    DRIFT: "drift of the logits since the start, relative",
+    LOST: "share of updates lost to rounding",
 }
 
 Points = list[tuple[int, float]]
@@ -125,7 +125,7 @@ def _values(entries: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int
     """Step, role, layer, metric and value. verl puts the role before our names, as in ``actor/densemixer/…``."""
     for step, entry in entries:
         for name, value in entry.items():
-            before, mark, after = name.rpartition(MARK)
+            before, mark, after = name.rpartition(PREFIX)
             layer, _, metric = after.rpartition("/")
             if mark and metric in TITLES:
                 yield int(step), before.rstrip("/"), layer, metric, float(value)

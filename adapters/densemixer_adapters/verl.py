@@ -28,7 +28,8 @@ from torch import nn
 from densemixer_adapters import _boot
 from densemixer_adapters.environment import detach
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
-from densemixer_adapters.metrics import NORM, PREFIX, SHARE, RouterMeter, named
+from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
+from densemixer_adapters.metrics import RouterMeter, named
 from densemixer_adapters.probe import Probe
 from densemixer_adapters.rounding import LostUpdates
 from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer

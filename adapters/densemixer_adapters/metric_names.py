@@ -1,0 +1,11 @@
+"""What the router metrics are called in logs. Apart from what measures, so that reading a log needs no torch."""
+
+PREFIX = "densemixer/"
+NORM = "router_grad_norm"
+SHARE = "router_grad_share_unselected"
+COSINE = "router_grad_cosine_conventional"
+ENTROPY = "load_entropy"
+MAXIMUM = "load_max_over_mean"
+CHANGE = "routing_change"
+DRIFT = "logit_drift"
+LOST = "updates_lost"
