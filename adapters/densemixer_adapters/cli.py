@@ -87,7 +87,7 @@ def cost(
     model isn't supported, 2 if it can't be read.
     """
     from densemixer_adapters.inspection import estimate
-    from densemixer_adapters.transformers import UnsupportedModelError
+    from densemixer_adapters.layer import UnsupportedModelError
     from densemixer_core import DenseMixerConfig
 
     try:

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import nn
 
+from densemixer_adapters.layer import UnsupportedModelError
 from densemixer_adapters.megatron_layer import (
     MegatronLayer,
     attached_layer,
@@ -27,7 +28,6 @@ from densemixer_adapters.megatron_layer import (
     refuse,
     warn_of_frozen_routers,
 )
-from densemixer_adapters.transformers import UnsupportedModelError
 from densemixer_core import DenseMixerConfig
 
 logger = logging.getLogger("densemixer")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densemixer_adapters.transformers import UnsupportedModelError
+from densemixer_adapters.layer import UnsupportedModelError
 from densemixer_core import (
     DenseMixerConfig,
     ExpertLayout,

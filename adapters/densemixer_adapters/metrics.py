@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import COSINE, ENTROPY, MAXIMUM, NORM, PREFIX, SHARE
-from densemixer_adapters.transformers import DenseMixerLayer
 from densemixer_core.routing import score_gradient_to_logits
 
 

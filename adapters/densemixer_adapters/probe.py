@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import CHANGE, DRIFT
 from densemixer_adapters.metrics import sum_over_ranks
-from densemixer_adapters.transformers import DenseMixerLayer
 from densemixer_core.routing import are_probabilities
 
 TOKENS = 4096

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import LOST
 from densemixer_adapters.metrics import sum_over_ranks
-from densemixer_adapters.transformers import DenseMixerLayer
 
 
 class LostUpdates:

@@ -1,0 +1,65 @@
+"""The experts of transformers 5: the module inside its wrappers, where its weights are and how to compute with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from densemixer_core import Activation, ExpertLayout, recognise
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The host's own module inside PEFT's wrappers."""
+    return next(unwrapped(module))
+
+
+def unwrapped(module: nn.Module) -> Iterator[nn.Module]:
+    """The host's own module inside PEFT's wrappers, then the copies of it that `modules_to_save` has made."""
+    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
+    if not isinstance(inner, nn.Module):
+        yield module
+        return
+    yield from unwrapped(inner)
+    yield from getattr(module, "modules_to_save", {}).values()
+
+
+def is_split(experts: nn.Module) -> bool:
+    """Whether transformers' own tensor or expert parallelism has been applied. FSDP brings the whole weights back."""
+    if hasattr(experts, "_hf_tp_plan"):  # transformers 5.5, whose weights stay plain tensors
+        return True
+    meshes = (getattr(parameter, "device_mesh", None) for parameter in experts.parameters())
+    return any({"tp", "ep"} & set(getattr(mesh, "mesh_dim_names", None) or ()) for mesh in meshes)
+
+
+def weight_names(experts: Any) -> tuple[str | None, ...]:
+    """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
+    up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
+    biases = (f"{up}_bias", "down_proj_bias") if getattr(experts, "has_bias", False) else (None, None)
+    return up, "down_proj", *biases
+
+
+def layout_of(experts: Any) -> ExpertLayout:
+    """How to compute with the weights. Experts without transformers' decorator are laid out as its defaults say."""
+    activation = getattr(experts, "_apply_gate", None) if getattr(experts, "has_gate", True) else experts.act_fn
+    return ExpertLayout(
+        activation=activation or _gate_by(getattr(experts, "act_fn", F.silu)),  # Liger's experts know no other
+        transposed=getattr(experts, "is_transposed", False),
+        post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+    )
+
+
+def formula_of(experts: Any) -> Activation | None:
+    """What the activation of the layout computes. Its parameters have two names in transformers."""
+    alpha, limit = (getattr(experts, f"swiglu_{name}", getattr(experts, name, None)) for name in ("alpha", "limit"))
+    return recognise(layout_of(experts).activation, getattr(experts, "has_gate", True), alpha, limit)
+
+
+def _gate_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def gate_up(both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return activation(gate) * up
+
+    return gate_up
