@@ -167,6 +167,8 @@ class DenseMixerLayer:
                 self.probe(router_output.reshape(-1, router_output.shape[-1]), index)
             return None
         self._experts_ran = True
+        if self.config.metrics and self.watch is None:
+            self._handle.warn_of_unread_metrics()
         conventional = self.config.estimator == "conventional"
         if conventional and self.watch is None:
             return None

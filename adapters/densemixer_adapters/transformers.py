@@ -105,6 +105,7 @@ class DenseMixerHandle:
         self.layers = layers
         self.gives_way = False
         self._known_as_frozen: set[str] = set()
+        self._warned_of_metrics = False
         for layer in layers:
             layer.attach(self)
 
@@ -123,6 +124,17 @@ class DenseMixerHandle:
             f" and {len(new) - 1} more" if len(new) > 1 else "",
             ".".join(new[0].split(".")[-2:]),
         )
+
+    def warn_of_unread_metrics(self) -> None:
+        """Log one warning that nobody reads the metrics that the options ask for."""
+        if not self._warned_of_metrics:
+            self._warned_of_metrics = True
+            logger.warning(
+                "DenseMixer: the option metrics does nothing in this training loop, where nobody reads router metrics. "
+                "The Trainer of transformers logs them if it has densemixer_adapters.callback.DenseMixerCallback() "
+                "among its callbacks, or under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory and verl with the option "
+                "set there. Otherwise leave it out."
+            )
 
     def remove(self) -> None:
         """Leave the model as it was. Does nothing the second time."""

@@ -332,11 +332,22 @@ def patched(monkeypatch: pytest.MonkeyPatch) -> None:
     patch_trainer(transformers.trainer)
 
 
+@pytest.mark.parametrize("estimator", ["densemixer", "conventional"])
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_warning_where_nobody_reads_them(asked: bool, estimator: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = build(metrics=asked, estimator=estimator)
+    for _ in range(2):
+        loss_of(model).backward()
+    assert len(caplog.messages) == asked
+    assert all("DenseMixer: the option metrics does nothing in this training loop" in text for text in caplog.messages)
+
+
 @pytest.mark.usefixtures("patched")
 @pytest.mark.parametrize("asked", [False, True])
-def test_the_option_adds_the_callback(asked: bool) -> None:
+def test_the_option_adds_the_callback(asked: bool, caplog: pytest.LogCaptureFixture) -> None:
     run = trainer(build(metrics=asked))
     run.train()
+    assert not any("does nothing in this training loop" in text for text in caplog.messages)
     assert bool(metrics(run.state.log_history[0])) == asked
     assert not any(isinstance(callback, DenseMixerCallback) for callback in run.callback_handler.callbacks)
 
