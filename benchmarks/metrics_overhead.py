@@ -14,9 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from densemixer_adapters.metrics import RouterMeter
-from densemixer_adapters.probe import Probe
-from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import apply_densemixer
 
 SETTINGS = ("off", "on, a step that isn't logged", "on, a step that is logged")
@@ -40,21 +38,20 @@ def make(setting: str) -> Callable[[torch.Tensor], None]:
     model = Qwen3MoeForCausalLM(config).train()
     layers = apply_densemixer(model).layers
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    if setting != SETTINGS[0]:
-        meter, probe, lost = RouterMeter(layers, load=True), Probe(layers, model), LostUpdates(layers)
+    metrics = None if setting == SETTINGS[0] else RouterMetrics(layers, model)
 
     def step(ids: torch.Tensor) -> None:
-        if setting != SETTINGS[0]:
-            meter.discard_gradients()
+        if metrics is not None:
+            metrics.start_step()
         model(input_ids=ids, labels=ids).loss.backward()
-        if setting != SETTINGS[0]:
-            lost.before_step(optimizer)
+        if metrics is not None:
+            metrics.before_update(optimizer)
         optimizer.step()
-        if setting != SETTINGS[0]:
-            lost.after_step()
+        if metrics is not None:
+            metrics.after_update()
         optimizer.zero_grad()
-        if setting == SETTINGS[2]:
-            meter.gradients(), meter.load(), probe.measure(), lost.measure()
+        if metrics is not None and setting == SETTINGS[2]:
+            metrics.measure()
 
     return step
 

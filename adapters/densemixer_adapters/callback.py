@@ -14,10 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from densemixer_adapters.metric_names import NORM, PREFIX
-from densemixer_adapters.metrics import RouterMeter, named
-from densemixer_adapters.probe import Probe
-from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.metric_names import PREFIX
+from densemixer_adapters.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import attached_layers
 from densemixer_adapters.verdict import judge
 
@@ -35,11 +33,7 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
     """
 
     def __init__(self) -> None:
-        self._layers: list[Any] = []
-        self._meter: RouterMeter | None = None
-        self._probe: Probe | None = None
-        self._lost: LostUpdates | None = None
-        self._scale: float | None = 1.0
+        self._metrics: RouterMetrics | None = None
         self._due: dict[str, float] = {}
         self._last: dict[str, float] = {}
         self._last_step = -1
@@ -59,15 +53,13 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
             ValueError: DenseMixer isn't attached to the model.
         """
         self.close()
-        self._layers = [] if model is None else attached_layers(model)
-        if model is None or not self._layers:
+        layers = [] if model is None else attached_layers(model)
+        if model is None or not layers:
             raise ValueError(
                 f"DenseMixerCallback: DenseMixer is not attached to {type(model).__name__}, so there is nothing to "
                 "measure. Call apply_densemixer(model) before Trainer.train, or leave the callback out."
             )
-        self._meter = RouterMeter(self._layers, load=True)
-        self._probe = Probe(self._layers, model)
-        self._lost = LostUpdates(self._layers)
+        self._metrics = RouterMetrics(layers, model)
         self._last, self._last_step = {}, -1
         self._original_log = Trainer.log
         Trainer.log = _with_metrics(Trainer.log)
@@ -75,8 +67,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._meter is not None:
-            self._meter.discard_gradients()
+        if self._metrics is not None:
+            self._metrics.start_step()
 
     def on_pre_optimizer_step(
         self,
@@ -86,14 +78,15 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        # DeepSpeed has stepped already, by copies in float32.
-        deepspeed = type(optimizer).__name__ == "DeepSpeedOptimizerWrapper"
+        if self._metrics is None:
+            return
+        if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
+            # It has stepped already, by copies in float32. For fp16 it scales the loss by a factor of its own, and may
+            # have changed that by now.
+            self._metrics.before_update(None, None if args.fp16 else 1.0)
+            return
         scaler = getattr(optimizer, "scaler", None)
-        self._scale = 1.0 if scaler is None else scaler.get_scale()
-        if deepspeed and args.fp16:
-            self._scale = None  # it scales the loss by a factor of its own, and may have changed that by now
-        if self._lost is not None and not deepspeed:
-            self._lost.before_step(optimizer)
+        self._metrics.before_update(optimizer, 1.0 if scaler is None else scaler.get_scale())
 
     def on_optimizer_step(
         self,
@@ -103,8 +96,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self._lost is not None:
-            self._lost.after_step(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
+        if self._metrics is not None:
+            self._metrics.after_update(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log:
@@ -146,24 +139,18 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
 
     def close(self) -> None:
         """Stop watching, and leave model and Trainer as they were."""
-        if self._meter is not None:
-            self._meter.remove()
-        if self._probe is not None:
-            self._probe.remove()
+        if self._metrics is not None:
+            self._metrics.remove()
         if self._original_log is not None and getattr(Trainer.log, "__wrapped__", None) is self._original_log:
             Trainer.log = self._original_log
-        self._meter = self._probe = self._lost = self._original_log = None
+        self._metrics = self._original_log = None
         self._due = {}
 
     def _measure(self, state: TrainerState) -> None:
-        if self._meter is None or self._probe is None or self._lost is None or self._last_step == state.global_step:
+        if self._metrics is None or self._last_step == state.global_step:
             return
         self._last_step = state.global_step
-        values = self._meter.gradients(1.0 if self._scale is None else self._scale)
-        if self._scale is None:
-            values.pop(NORM, None)
-        values |= self._meter.load() | self._probe.measure() | self._lost.measure()
-        self._last = self._due = named(self._layers, values)
+        self._last = self._due = self._metrics.measure()
 
 
 def patch_trainer(module: Any) -> None:

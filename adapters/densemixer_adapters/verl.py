@@ -29,9 +29,8 @@ from densemixer_adapters import _boot
 from densemixer_adapters.environment import detach
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
-from densemixer_adapters.metrics import RouterMeter, named
-from densemixer_adapters.probe import Probe
-from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.metrics import RouterMeter
+from densemixer_adapters.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer
 from densemixer_core import DenseMixerConfig
 
@@ -54,28 +53,29 @@ class UpdateMetrics:
     def __init__(self, layers: list[DenseMixerLayer], all: bool) -> None:
         self.layers, self.all = layers, all
         self.measured: dict[str, float] = {}
-        self._meter = RouterMeter(layers, load=all)
-        self._lost = LostUpdates(layers)
-        self._probe: Probe | None = None
+        self._meter: RouterMeter | None = None
+        self._metrics: RouterMetrics | None = None
 
     def watch(self, model: nn.Module) -> None:
-        """Have the first micro-batch of the wrapped model as the one that routing is compared on."""
+        """Start to measure. Routing is compared on the first micro-batch of ``model``, which is wrapped by FSDP."""
         if self.all:
-            self._probe = Probe(self.layers, model)
+            self._metrics = RouterMetrics(self.layers, model)
+        else:
+            self._meter = RouterMeter(self.layers)
 
     def around_step(self, engine: Any, step: Callable[[Any], float]) -> float:
         """Take an optimizer step, and set `measured`. Gradients are those before they are clipped, like verl's norm."""
-        scaler = engine.scaler
-        gradients = self._meter.gradients(1.0 if scaler is None else scaler.get_scale())
-        if not self.all:
+        scale = 1.0 if engine.scaler is None else engine.scaler.get_scale()
+        if self._meter is not None:
+            gradients = self._meter.gradients(scale)
             values = {name: gradients[name][-1] for name in (NORM, SHARE) if name in gradients}
             self.measured = {PREFIX + name: value for name, value in values.items() if not math.isnan(value)}
+        if self._metrics is None:
             return step(engine)
-        self._lost.before_step(engine.optimizer)
+        self._metrics.before_update(engine.optimizer, scale)
         norm = step(engine)
-        self._lost.after_step(skipped=not math.isfinite(norm))
-        routing = {} if self._probe is None else self._probe.measure()
-        self.measured = named(self.layers, gradients | self._meter.load() | routing | self._lost.measure())
+        self._metrics.after_update(skipped=not math.isfinite(norm))
+        self.measured = self._metrics.measure()
         return norm
 
 

@@ -24,9 +24,7 @@ from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config, z
 
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.metrics import RouterMeter, named
-from densemixer_adapters.probe import Probe
-from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import DenseMixerHandle, apply_densemixer
 
 RATE = 0.5
@@ -35,17 +33,16 @@ Metrics = list[dict[str, float]]
 
 def two_steps(handle: DenseMixerHandle, model: Any, run: Callable[[], None], optimizer: Any) -> Metrics:
     """``run`` makes gradients, and steps where ``optimizer`` is None. ``model`` is what the probe calls."""
-    layers = handle.layers
-    meter, probe, lost = RouterMeter(layers, load=True), Probe(layers, model), LostUpdates(layers)
+    metrics = RouterMetrics(handle.layers, model)
     found = []
     for _ in range(2):
         run()
         if optimizer is not None:
-            lost.before_step(optimizer)
+            metrics.before_update(optimizer)
             optimizer.step()
-            lost.after_step()
+            metrics.after_update()
             optimizer.zero_grad()
-        found.append(named(layers, meter.gradients() | meter.load() | probe.measure() | lost.measure()))
+        found.append(metrics.measure())
     return found
 
 

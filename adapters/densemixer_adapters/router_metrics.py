@@ -1,0 +1,69 @@
+"""All router metrics of a training loop, measured in the order in which it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from densemixer_adapters.layer import DenseMixerLayer
+from densemixer_adapters.metric_names import NORM
+from densemixer_adapters.metrics import RouterMeter, named
+from densemixer_adapters.probe import Probe
+from densemixer_adapters.rounding import LostUpdates
+
+
+class RouterMetrics:
+    """Watches layers from now on: `start_step`, forwards and backwards, `before_update`, `after_update`, `measure`.
+
+    Args:
+        layers: The layers that DenseMixer is attached to.
+        model: What is called with the batch, wrapped by FSDP if that is used.
+    """
+
+    def __init__(self, layers: Sequence[DenseMixerLayer], model: nn.Module) -> None:
+        self.layers = layers
+        self._meter = RouterMeter(layers, load=True)
+        self._probe = Probe(layers, model)
+        self._lost = LostUpdates(layers)
+        self._scale: float | None = 1.0
+
+    def start_step(self) -> None:
+        """Forget the gradients of the step before. Not needed where each step is measured."""
+        self._meter.discard_gradients()
+
+    def before_update(self, optimizer: Any | None, scale: float | None = 1.0) -> None:
+        """Call it right before the optimizer's step.
+
+        Args:
+            optimizer: What will step; None if it has done so already, or steps copies of the parameters.
+            scale: What the loss was multiplied by, for a gradient scaler; None if that isn't known.
+        """
+        self._scale = scale
+        if optimizer is not None:
+            self._lost.before_step(optimizer)
+
+    def after_update(self, skipped: bool = False) -> None:
+        """Call it right after the optimizer's step.
+
+        Args:
+            skipped: Whether a gradient scaler has left the step out.
+        """
+        self._lost.after_step(skipped)
+
+    def measure(self) -> dict[str, float]:
+        """The metrics as logs have them, see `named`. Collective: all ranks call it, for a forward without gradients.
+
+        Gradients and lost updates are those of the last step, the load is that since this was last called, and the
+        routing is compared with that at the start.
+        """
+        gradients = self._meter.gradients(1.0 if self._scale is None else self._scale)
+        if self._scale is None:
+            gradients.pop(NORM, None)
+        return named(self.layers, gradients | self._meter.load() | self._probe.measure() | self._lost.measure())
+
+    def remove(self) -> None:
+        """Watch no longer."""
+        self._meter.remove()
+        self._probe.remove()
