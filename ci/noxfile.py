@@ -90,17 +90,16 @@ def original(session: nox.Session) -> None:
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """transformers adapter, ways of running: oldest version, editable; newest, a wheel, with core, demo, experiment."""
+    """transformers adapter, ways of running: oldest version, editable; newest, a wheel, with what runs once."""
     install(session, f"transformers-{pins}")
     install_deepspeed(session)
     tests = ["tests/running", "tests/transformers", "tests/parity"]
-    once = ["test_examples.py", "test_metrics_on_ranks.py"]
     if pins == "5.5.4":
         install_editable(session)
-        tests += [f"--ignore=tests/running/{file}" for file in once]
+        tests += [f"--ignore=tests/running/{once}" for once in ("test_examples.py", "test_metrics_on_ranks.py")]
     else:
         install_wheel(session)
-        tests = ["tests/demo", "tests/experiments", *tests, "tests/core"]  # once: torch is the same
+        tests = ["tests/demo", "tests/experiments", *tests, "tests/core"]
     session.run(*PYTEST, *(session.posargs or tests), env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
 
 
