@@ -116,15 +116,3 @@ def test_router_metrics_are_logged(grpo_on: Any, grpo_off: Any) -> None:
         assert 0 < step["actor/densemixer/router_grad_norm"] < step["actor/grad_norm"]
         assert 0 < step["actor/densemixer/router_grad_share_unselected"] < 1
     assert not [name for name in grpo_off.metrics[0] if "densemixer" in name]
-
-
-def test_a_wrong_option_stops_the_run_at_its_start(assets: Path, tmp_path: Path) -> None:
-    from launch import GRPO, ppo
-
-    wrong = "+actor_rollout_ref.model.override_config.densemixer={estimater:centered}"
-    run = ppo(tmp_path / "run", assets, *GRPO, wrong)
-    assert run.status != 0
-    assert (
-        "override_config.densemixer: unknown option of DenseMixer: 'estimater'; did you mean 'estimator'?" in run.output
-    )
-    assert not (run.folder / "rollouts").exists()

@@ -64,26 +64,6 @@ def test_checkpoints_are_those_of_the_model_alone(ppo_on: Any) -> None:
     assert not [path for path in ppo_on.folder.glob("checkpoints/**/*.json") if "densemixer" in path.read_text()]
 
 
-def test_switched_off_all_metrics_are_those_without_the_package(assets: Path, folder: Path) -> None:
-    """Byte for byte, with batches of one: verl sums over larger ones in the order in which their parts arrive."""
-    from launch import ppo, without_clocks
-
-    one = (
-        "data.train_batch_size=1",
-        "actor_rollout_ref.actor.ppo_mini_batch_size=1",
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=1",
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=1",
-        "critic.ppo_mini_batch_size=1",
-        "critic.ppo_micro_batch_size_per_gpu=1",
-    )
-    as_if_not_installed = {"DENSEMIXER_BOOT": "0", "WITHOUT_DENSEMIXER": "1"}
-    off = ppo(folder / "off", assets, *critic(assets), *one, steps=2).check()
-    without = ppo(folder / "without", assets, *critic(assets), *one, steps=2, **as_if_not_installed).check()
-    assert all(len(without_clocks(step)) > 40 for step in off.metrics)
-    assert list(map(without_clocks, off.metrics)) == list(map(without_clocks, without.metrics))
-    assert [off.rollouts(step) for step in (1, 2)] == [without.rollouts(step) for step in (1, 2)]
-
-
 def test_router_metrics_are_logged_for_each_role(ppo_on: Any, ppo_off: Any) -> None:
     for role in ("actor", "critic"):
         for step in ppo_on.metrics:

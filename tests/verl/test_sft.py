@@ -49,6 +49,7 @@ def test_a_checkpoint_is_the_models_alone(one_rank: Any, assets: Path) -> None:
 
 
 def test_switched_off_all_metrics_are_those_without_the_package(assets: Path, tmp_path: Path) -> None:
+    """Here and not with PPO, whose metrics sum over a batch in the order in which its parts arrive."""
     from launch import sft, without_clocks
 
     off = sft(tmp_path / "off", assets).check()
@@ -60,6 +61,16 @@ def test_switched_off_all_metrics_are_those_without_the_package(assets: Path, tm
     ours, theirs = off.recorded("actor")["gradients"], without.recorded("actor")["gradients"]
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_wrong_option_stops_the_run_at_its_start(assets: Path, tmp_path: Path) -> None:
+    from launch import sft
+
+    run = sft(tmp_path / "run", assets, "+model.override_config.densemixer={estimater:centered}")
+    assert run.status != 0
+    message = "override_config.densemixer: unknown option of DenseMixer: 'estimater'; did you mean 'estimator'?"
+    assert message in run.output
+    assert not (run.folder / "metrics.jsonl").exists()
 
 
 def test_two_ranks_equal_one(assets: Path, tmp_path: Path, one_rank: Any) -> None:
