@@ -9,12 +9,11 @@ import pytest
 import torch
 from blocks import ESTIMATORS, KINDS, collected
 from families import FAMILIES, Family, tokens
-from lora import assert_close, lora_config, router_gradients, truth_of, wrapped
+from lora import assert_close, lora_config, one_adapter_only, router_gradients, truth_of, wrapped
 from oracle import Float64
 from peft import PeftModel
 from runs import loss_of, selections
-from test_peft import one_adapter_only
-from torch import Tensor, nn
+from torch import Tensor
 
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
