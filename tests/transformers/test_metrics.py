@@ -264,7 +264,7 @@ def test_the_trainer_logs_them_and_trains_the_same() -> None:
     ]  # the tests'
     for module in model.modules():
         for hook in module._forward_hooks.values():
-            assert hook.__self__.watch is hook.__self__.observe is hook.__self__.probe is None  # type: ignore[attr-defined]
+            assert hook.__self__.observer is None  # type: ignore[attr-defined]
 
 
 def test_the_gradient_norm_is_that_of_the_last_step() -> None:

@@ -19,6 +19,7 @@ from sweep import step
 from torch import Tensor, nn
 
 from densemixer_adapters import routers
+from densemixer_adapters.layer import Forward
 from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer
 from densemixer_core import RoutingMismatchError
 
@@ -56,18 +57,19 @@ def train(model: nn.Module) -> tuple[list[Seen], dict[str, Tensor]]:
     def record(layer: DenseMixerLayer) -> dict[str, Any]:
         seen: dict[str, Any] = {"layer": layer}
 
-        def observe(scores: Tensor, x: Tensor) -> Tensor:
+        def observe(forward: Forward, output: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            assert scores is not None
             seen["scores"] = scores.detach()
             tap = scores.view_as(scores)
             tap.register_hook(lambda gradient: seen.update(extra=gradient))
-            return tap
+            return output, tap
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x, seen["index"], weights = args
             seen["x"], seen["weights"] = x.detach().reshape(-1, x.shape[-1]), weights.detach()
             output.register_hook(lambda gradient: seen.update(g=gradient.reshape(-1, gradient.shape[-1])))
 
-        layer.observe = observe
+        layer.observer = observe
         layer.experts.register_forward_hook(after)
         return seen
 
