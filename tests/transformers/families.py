@@ -88,10 +88,14 @@ class Family:
             block.forward = types.MethodType(self.oracle_forward(index, estimator), block)
         return truth
 
-    def oracle_forward(self, index: Tensor, estimator: str) -> Callable[[nn.Module, Tensor], Any]:
+    def oracle_forward(
+        self, index: Tensor, estimator: str, after: Callable[[Tensor], Tensor] = lambda y: y
+    ) -> Callable[[nn.Module, Tensor], Any]:
+        """The layer by the oracle. ``after`` is what somebody does to the routed experts' output."""
+
         def forward(block: Any, hidden_states: Tensor) -> Any:
             x = hidden_states.reshape(-1, hidden_states.shape[-1])
-            y = oracle.densemixer(x, self.logits(block, x), index, self.formula(block), estimator)
+            y = after(oracle.densemixer(x, self.logits(block, x), index, self.formula(block), estimator))
             if hasattr(block, "shared_expert"):
                 y = y + torch.sigmoid(block.shared_expert_gate(x)) * block.shared_expert(x)
             if hasattr(block, "shared_experts"):

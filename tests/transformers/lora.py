@@ -7,8 +7,10 @@ import types
 from typing import Any
 
 import oracle
+import peft
 import torch
 from families import Family
+from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
@@ -59,6 +61,11 @@ def truth_of(family: Family, model: nn.Module, indices: list[Tensor], estimator:
 
         block.forward = types.MethodType(forward, block)
     return truth
+
+
+def one_adapter_only() -> bool:
+    """PEFT has learned to have several adapters with `target_parameters` since."""
+    return Version(peft.__version__) < Version("0.21")
 
 
 def effective_block(family: Family, block: Any) -> Any:

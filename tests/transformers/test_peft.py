@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import oracle
-import peft
 import pytest
 import torch
 from families import FAMILIES, IMPLEMENTATIONS, Family
 from living import living_bytes
-from lora import VARIANTS, assert_close, lora_config, router_gradients, truth_of, wrapped
-from packaging.version import Version
+from lora import VARIANTS, assert_close, lora_config, one_adapter_only, router_gradients, truth_of, wrapped
 from runs import Operations, gradients, loss_of, selections
 from torch import Tensor, nn
 
@@ -235,11 +233,6 @@ def test_two_adapters(on: str, router: str, when: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def one_adapter_only() -> bool:
-    """PEFT has learned to have several adapters with `target_parameters` since."""
-    return Version(peft.__version__) < Version("0.21")
-
-
 @pytest.mark.parametrize("when", WHENS)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("on", [*PLACES, "experts in full"])
@@ -282,7 +275,7 @@ def test_no_copy_of_adapted_experts_is_kept(implementation: str) -> None:
         stacked = sum(p.nbytes for p in handle.layers[0].experts.parameters(recurse=False))
     tokens, experts, k, layers = 24, 8, 2, len(handle.layers)
     routing = layers * tokens * (experts + 1 + k) * 4
-    if Version(peft.__version__) < Version("0.21"):
+    if one_adapter_only():
         # There LoRA's product B·A lives instead of the factors alone, so it is the price of keeping no W + B·A.
         assert 0 <= extra <= layers * stacked + routing
     else:
