@@ -8,7 +8,9 @@ a block with a layer of its own calls it.
 
 from __future__ import annotations
 
+import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -62,8 +64,11 @@ class Call:
         self.done = False
 
 
+logger = logging.getLogger("densemixer")
+
 _calls: dict[int, Call] = {}
 _recorders: dict[int, Recorder] = {}
+_warned_of: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -120,9 +125,26 @@ def after_router(router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 def after_experts(experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     call = under_way()
-    if call is None or not (experts is call.site or any(experts is inner for inner in call.inner)):
+    if call is None:
+        _warn_of_experts_alone(experts, output)
+        return None
+    if not (experts is call.site or any(experts is inner for inner in call.inner)):
         return None
     return call.layer.after_experts(call, experts, args, kwargs, output)
+
+
+def _warn_of_experts_alone(experts: nn.Module, output: Any) -> None:
+    """Log one warning for experts that train outside of their block's call, as after ``block.forward(x)``."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or experts in _warned_of:
+        return
+    if not output.requires_grad or torch._C._current_graph_task_id() != -1:  # a checkpoint's recomputation
+        return
+    _warned_of.add(experts)
+    logger.warning(
+        "DenseMixer adds nothing where experts (%s) are called by themselves, or through their block's `forward` instead "
+        "of the block: such a call trains as without DenseMixer. Call the block as a module.",
+        type(experts).__name__,
+    )
 
 
 def attach(call_router: nn.Module, experts: Sequence[nn.Module]) -> None:

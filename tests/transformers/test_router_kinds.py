@@ -29,6 +29,7 @@ class Seen:
     """One layer in one step; all but ``index`` in float64, [tokens, ...]."""
 
     layer: DenseMixerLayer
+    model: nn.Module  # alive as long as its layer is looked at
     x: Tensor
     index: Tensor
     weights: Tensor
@@ -55,7 +56,7 @@ def train(model: nn.Module) -> tuple[list[Seen], dict[str, Tensor]]:
     records: list[dict[str, Any]] = []
 
     def record(layer: DenseMixerLayer) -> dict[str, Any]:
-        seen: dict[str, Any] = {"layer": layer}
+        seen: dict[str, Any] = {"layer": layer, "model": model}
 
         def observe(forward: Forward, output: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
             assert scores is not None
