@@ -19,7 +19,7 @@ FOLDERS = ["glm4_moe", "deepseek_v3", "lfm2_moe", "hy_v3", "afmoe"]
 
 # Around the model's epsilon, and below the smallest float32.
 LEVELS = {1e-6: [-8.0, -13.0, -16.0, -25.0], 1e-20: [-40.0, -45.0, -48.0, -60.0]}
-VANISHING = [-120.0, -1000.0]
+VANISHING = [-120.0, -300.0]
 
 
 def finite(gradients: dict[str, Tensor]) -> bool:
@@ -71,7 +71,7 @@ def test_some_tokens_among_others(folder: str, estimator: str, when: str) -> Non
     with apply_densemixer(layer.model, DenseMixerConfig(estimator)):
         if when == "later":
             assert_close(*train(layer, [0.0] * 8, estimator))
-        assert_close(*train(layer, [0.0] * 8 + low, estimator, seed=1))
+        assert_close(*train(layer, [0.0] * 8 + low, estimator, seed=1), 1e-4)
         assert_close(*train(layer, [0.0] * 8, estimator, seed=2))
 
 
