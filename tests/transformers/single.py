@@ -95,3 +95,13 @@ def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: f
     for name, expected in truth.items():
         error, size = ((value.double()).abs().max().item() for value in (ours[name] - expected, expected))
         assert error <= tolerance * size, name
+
+
+def scored_low(layer: Single, levels: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Tokens of which each has logits about its level, for all experts; one that is 0 leaves the token as it comes."""
+    x, g = tokens(len(levels), seed)
+    weight = getattr(layer.router, "gate", layer.router).weight
+    with torch.no_grad():
+        weight[:, 0] = 30.0
+    x[0, :, 0] = torch.tensor(levels) / 30
+    return x, g
