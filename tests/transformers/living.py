@@ -18,6 +18,8 @@ class _Created(TorchDispatchMode):
         super().__init__()
         self.known: dict[int, StorageWeakRef] = {}
         self.made: dict[int, int] = {}  # bytes
+        self.peak = 0
+        self._bound = 0  # on the bytes that live now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(map(is_traceable_wrapper_subclass, tree_leaves((args, kwargs)))):
@@ -29,6 +31,10 @@ class _Created(TorchDispatchMode):
         for key, storage in self._new(result):
             self.known[key] = StorageWeakRef(storage)
             self.made[key] = storage.nbytes()
+            self._bound += storage.nbytes()
+        if self._bound > 1.01 * self.peak:  # looking what has died takes long
+            self._bound = self.living()
+            self.peak = max(self.peak, self._bound)
         return result
 
     def _new(self, values: Any) -> Iterator[tuple[int, UntypedStorage]]:
@@ -40,7 +46,8 @@ class _Created(TorchDispatchMode):
                     yield storage._cdata, storage
 
     def living(self) -> int:
-        return sum(nbytes for key, nbytes in self.made.items() if not self.known[key].expired())
+        self.made = {key: nbytes for key, nbytes in self.made.items() if not self.known[key].expired()}
+        return sum(self.made.values())
 
 
 def living_bytes(compute: Callable[[], Any]) -> int:
@@ -50,3 +57,10 @@ def living_bytes(compute: Callable[[], Any]) -> int:
     living = created.living()
     del result
     return living
+
+
+def peak_bytes(compute: Callable[[], Any]) -> int:
+    """The most bytes that live at a time during ``compute``, of the storages that its operations make, to 1 %."""
+    with _Created() as created:
+        compute()
+    return created.peak

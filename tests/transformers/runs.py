@@ -12,11 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @contextlib.contextmanager
 def selections(family: Family, model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the indices that each layer hands to its experts, in order."""
+    """Collects the indices that the layers hand to their experts, in the order of the calls."""
     indices: list[Tensor] = []
     hooks = [
-        block.experts.register_forward_pre_hook(lambda module, args: indices.append(args[1].detach().clone()))
-        for block in family.blocks(model)
+        experts.register_forward_pre_hook(lambda module, args: indices.append(args[1].detach().clone()))
+        for experts in dict.fromkeys(block.experts for block in family.blocks(model))  # some may be shared
     ]
     try:
         yield indices
