@@ -16,9 +16,18 @@ activations it knows.
 
 from densemixer_core.activations import Activation, recognise
 from densemixer_core.config import DenseMixerConfig
-from densemixer_core.experts import Derivation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
-from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, weight_per_score
-from densemixer_core.straight_through import ExpertDots, straight_through
+from densemixer_core.experts import (
+    Derivation,
+    ExpertLayout,
+    ExpertWeights,
+    StackedExperts,
+    compute_dtype,
+    expert_dots,
+    routed_output,
+    sampled_dots,
+)
+from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, selection
+from densemixer_core.straight_through import ExpertDots, Listener, straight_through
 
 __all__ = [
     "Activation",
@@ -27,13 +36,16 @@ __all__ = [
     "ExpertDots",
     "ExpertLayout",
     "ExpertWeights",
+    "Listener",
     "RoutingMismatchError",
     "StackedExperts",
     "check_routing",
+    "compute_dtype",
     "expert_dots",
     "recognise",
+    "routed_output",
     "router_scores",
     "sampled_dots",
+    "selection",
     "straight_through",
-    "weight_per_score",
 ]

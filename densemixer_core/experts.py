@@ -90,6 +90,14 @@ class StackedExperts:
     derivation: Derivation | None = None
 
 
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which the host multiplies by ``weight``: autocast's where it is on (it leaves float64 alone)."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
 def expert_dots(
     x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtype | None = None, workspace_bytes: int = 1 << 28
 ) -> Tensor:
@@ -178,7 +186,8 @@ def sampled_dots(
     importance = sensitivity[:, :stacked] * norm.unsqueeze(1)
     if pilots := count // PAIRS_PER_PILOT:
         pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, seed)
-        size = torch.cat(list(evaluate(pairs))) / norm[pairs.place % tokens]
+        # Without numbers where there is no gradient, or in float16 beyond its range.
+        size = (torch.cat(list(evaluate(pairs))) / norm[pairs.place % tokens]).nan_to_num(0.0, 0.0, 0.0)
         importance = importance * typical_size(size, pairs, tokens).to(importance.dtype)
     pairs = draw_pairs(importance, count - pilots, seed + 1)
     drawn = pairs.factor > 0
@@ -203,6 +212,41 @@ def _oriented(experts: StackedExperts) -> ExpertWeights:
     if experts.layout.transposed:
         return weights
     return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+
+
+def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExperts) -> tuple[Tensor, Tensor]:
+    """y = Σ_selected w_j E_j(x) by these weights, expert by expert: to compare a few tokens with what a layer returns.
+
+    Args:
+        x: The experts' input, [tokens, hidden].
+        index: The selected experts, [tokens, k]. What is no expert here counts as nothing.
+        weights: Their weights w, [tokens, k].
+        experts: The experts of the layer.
+
+    Returns:
+        y, [tokens, hidden], and Σ|w_j|·‖E_j(x)‖, the size of what may cancel in it, [tokens]. Float32 or float64.
+    """
+    stacked, layout = _oriented(experts), experts.layout
+    dtype = torch.promote_types(stacked.up.dtype, torch.float32)
+    x, weights = x.to(dtype), weights.to(dtype)
+    y, size = torch.zeros_like(x), x.new_zeros(len(x))
+    count = stacked.down.shape[0]
+    for expert in torch.unique(index).tolist():
+        token, slot = torch.where(index == expert)
+        if 0 <= expert < count:
+            up, down, up_bias, down_bias, scale = (None if w is None else w[expert].to(dtype) for w in stacked)
+            assert up is not None
+            assert down is not None
+            output = _affine(layout.activation(_affine(x[token], up, up_bias)).to(dtype), down, down_bias)
+            output = output if layout.post_norm is None else layout.post_norm(output).to(dtype)
+            output = output if scale is None else output * scale
+        elif count <= expert < count + layout.identities:
+            output = x[token]
+        else:
+            continue
+        y.index_add_(0, token, output * weights[token, slot].unsqueeze(1))
+        size.index_add_(0, token, torch.linalg.vector_norm(output, dim=-1) * weights[token, slot].abs())
+    return y, size
 
 
 def _all_dots(x: Tensor, g: Tensor, stacked: int, layout: ExpertLayout) -> Tensor:

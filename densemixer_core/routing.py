@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -54,59 +56,105 @@ def _slope(scores: Tensor, score: str) -> Tensor:
     return -torch.expm1(-scores.square()) / (2 * scores).clamp(min=torch.finfo(scores.dtype).tiny)
 
 
-def are_probabilities(router_output: Tensor) -> bool:
+def are_probabilities(router_output: Tensor) -> bool | None:
     """Whether a router's output has been through a softmax already: nonnegative rows that sum to one.
 
     Some routers of transformers return logits and others probabilities in the same place. Logits that pass by accident
     would need rows that sum to one within rounding, for every token. Synchronises with the device.
+
+    Returns:
+        None where that can't be told: there is no row, or none of finite numbers.
     """
     rows = router_output.detach()
-    error = (rows.sum(-1, dtype=torch.float64) - 1).abs()
-    return bool(((rows >= 0).all() & (error <= _tolerance(rows.dtype)).all()).item())
+    total = rows.sum(-1, dtype=torch.float64)
+    finite = total.isfinite()
+    passes = (rows >= 0).all(-1) & ((total - 1).abs() <= _tolerance(rows.dtype))
+    some, all_pass = torch.stack([finite.any(), (passes | ~finite).all()]).tolist()
+    return bool(all_pass) if some else None
 
 
-def weight_per_score(scores: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """c, the factor between the weight that the layer uses and the score: w_j = c·p_j for the selected experts.
+class Selection(NamedTuple):
+    """What a layer's routing says about its selected experts, detached.
 
-    1 without renormalisation, 1/Σ_selected p with it, times the layer's routed scaling factor.
+    Attributes:
+        scores: p of the selected experts, [tokens, k].
+        factor: c, the factor between a score and the weight that the layer uses, w_j = c·p_j, [tokens, 1]: without
+            renormalisation the layer's routed scaling factor a; with it a/(S + ε), for the sum S of the selected scores
+            and the ε that the layer adds to it.
+        total: S + ε with renormalisation, [tokens, 1].
+    """
+
+    scores: Tensor
+    factor: Tensor
+    total: Tensor
+
+
+def selection(
+    scores: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    renormalised: bool,
+    epsilon: float = 0.0,
+    scale: Tensor | None = None,
+) -> Selection:
+    """Read c off the weights that the layer really used.
+
+    Where the scores of all selected experts have underflowed to zero, c is its limit: a/ε, with the a of the other
+    tokens, or 1 if there are none.
 
     Args:
         scores: p of all experts, [tokens, experts].
         index: The selected experts, [tokens, k].
         weights: Their weights w, [tokens, k].
-
-    Returns:
-        [tokens, 1], detached, in the dtype of ``scores``.
+        renormalised: Whether the layer divides the selected scores by their sum.
+        epsilon: What it adds to that sum.
+        scale: A factor of each expert that the weights contain besides, [experts], if there is one.
     """
     selected = scores.detach().gather(-1, index)
-    return weights.detach().to(scores.dtype).sum(-1, keepdim=True) / selected.sum(-1, keepdim=True)
+    total = selected.sum(-1, keepdim=True) + epsilon
+    unit = selected if scale is None else selected * scale.detach().to(selected.dtype)[index]
+    size = unit.abs().sum(-1, keepdim=True)
+    factor = weights.detach().to(scores.dtype).abs().sum(-1, keepdim=True) / size
+    if renormalised and not epsilon:  # the layer itself would be dividing by zero
+        return Selection(selected, factor, total)
+    scaling = (factor * total if renormalised else factor).nan_to_num(0.0, 0.0)
+    most = scaling.amax() if len(scaling) else scaling.new_ones(())
+    limit = torch.where(most > 0, most, 1.0) / (epsilon if renormalised else 1.0)
+    return Selection(selected, torch.where(size == 0, limit, factor), total)
 
 
-def check_routing(scores: Tensor, index: Tensor, weights: Tensor, renormalised: bool) -> None:
+def check_routing(
+    scores: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    renormalised: bool,
+    epsilon: float = 0.0,
+    scale: Tensor | None = None,
+) -> None:
     """Compare a router's declaration with the weights that its layer really used. Synchronises with the device.
 
+    Tokens whose scores or weights are not finite, or all zero, say nothing, and neither does a batch without tokens.
+
     Args:
-        scores: p of all experts according to the declared score function, [tokens, experts].
-        index: The selected experts, [tokens, k].
-        weights: Their weights w, [tokens, k].
-        renormalised: Whether the layer is declared to divide the selected scores by their sum.
+        scores, index, weights, renormalised, epsilon, scale: As in `selection`.
 
     Raises:
         RoutingMismatchError: The weights are not proportional to the scores of their token, or (for more than one
             token) renormalised weights do not sum to the same for all tokens, or weights without renormalisation are
             not the same multiple of the score for all tokens.
     """
-    if weights.numel() == 0:
-        return
     tolerance = _tolerance(weights.dtype)
-    scale = weight_per_score(scores, index, weights)
     weights = weights.detach().to(scores.dtype)
-    error = (weights - scale * scores.detach().gather(-1, index)).abs()
-    if bool((error > tolerance * weights.amax(-1, keepdim=True)).any().item()):
+    selected, factor, total = selection(scores, index, weights, renormalised, epsilon, scale)
+    unit = selected if scale is None else selected * scale.detach().to(selected.dtype)[index]
+    size = weights.abs().amax(-1)
+    telling = ((size > 0) & (unit.abs().amax(-1) > 0) & size.isfinite() & factor.isfinite().squeeze(-1)).unsqueeze(-1)
+    error = torch.where(telling, (weights - factor * unit).abs() - tolerance * size.unsqueeze(-1), 0.0)
+    if bool((error > 0).any().item()):
         raise RoutingMismatchError("its weights are not proportional to those scores")
-    total = weights.sum(-1)
-    constant, what = (total, "their sum") if renormalised else (scale, "their ratio to the scores")
-    if bool((constant.amax() - constant.amin() > tolerance * constant.amax()).item()):
+    constant = (factor * total if renormalised else factor)[telling]
+    if constant.numel() and bool((constant.amax() - constant.amin() > tolerance * constant.amax()).item()):
+        what = "their sum" if renormalised else "their ratio to the scores"
         declared = "renormalised" if renormalised else "not renormalised"
         raise RoutingMismatchError(f"its weights are declared to be {declared}, but {what} differs between tokens")
 

@@ -3,28 +3,51 @@
 It sits on the output of the host's own sparse forward, which it returns unchanged. Nothing is computed for an
 unselected expert until the backward, where g is known and [tokens, experts] scalars are all that is needed, see
 `experts`.
+
+There are two nodes in the graph: one on the output, which hands g on to both the experts and the other one; and that
+other one, which turns g into the gradient of the scores. So a backward that asks for the experts' gradients alone
+doesn't evaluate an expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.estimators import extra_score_gradient
-from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots, sampled_dots
-from densemixer_core.routing import score_sensitivity, weight_per_score
+from densemixer_core.experts import (
+    ExpertLayout,
+    ExpertWeights,
+    StackedExperts,
+    compute_dtype,
+    expert_dots,
+    sampled_dots,
+)
+from densemixer_core.routing import score_sensitivity, selection
 from densemixer_core.sampling import share_of_pairs
 
 ExpertDots = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 """From x and g, [tokens, hidden] each, and None, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts], and
 None. For a budget below 1 there are sensitivities, [tokens, experts], in place of the first None, and it returns what
 `sampled_dots` returns."""
+
+
+class Listener(Protocol):
+    """Who wants to know what happens in the backward. It is called there, in whatever thread runs it."""
+
+    def pairs_left_out(self, count: Tensor) -> None:
+        """So many pairs of a token and an unselected expert count as nothing, a scalar tensor: see `straight_through`.
+
+        Called for each backward in float16, also where there are none.
+        """
+
+    def experts_written_to(self) -> None:
+        """The experts' weights have been written to in place between the layer's forward and its backward."""
 
 
 def straight_through(
@@ -38,11 +61,17 @@ def straight_through(
     score: str,
     renormalised: bool,
     config: DenseMixerConfig,
+    epsilon: float = 0.0,
+    weight_scale: Tensor | None = None,
+    listener: Listener | None = None,
 ) -> Tensor:
     """Return ``output`` unchanged, with a gradient from all experts for ``scores``.
 
     Under ``torch.no_grad()``, in inference mode, or with scores that need no gradient, ``output`` itself is returned
-    and no torch operation runs.
+    and no torch operation runs; likewise for no tokens.
+
+    In float16 an expert that the host didn't select may overflow where the selected ones don't. A pair whose inner
+    product isn't finite, while x and g of its token are, adds nothing: its score trains conventionally.
 
     Args:
         output: The routed experts' output y = Σ_selected w_j E_j(x), without shared experts, [..., hidden].
@@ -52,56 +81,67 @@ def straight_through(
         index: The experts that the host selected, [tokens, k].
         weights: The weights w that the host gave them, [tokens, k].
         experts: The experts; their weights receive no gradient from here. Parameters that a framework frees or
-            partitions after the forward must be live again, as the same tensors, when the backward comes. Weights with
-            a derivation are not kept: the backward computes them again. Where they aren't stacked, or not all in this
-            process, a function that evaluates them: it is called in the backward, without gradient tracking.
+            partitions after the forward must be live again, as the same tensors, when the backward comes: they are kept
+            by reference and used as they are then. Weights with a derivation are not kept: the backward computes them
+            again. Where they aren't stacked, or not all in this process, a function that evaluates them: it is called
+            in the backward, without gradient tracking.
         score: The function that made the scores of logits, one of `routing.SCORE_FUNCTIONS`.
         renormalised: Whether the host divides the selected scores by their sum.
         config: The options.
+        epsilon: What the host adds to that sum.
+        weight_scale: The host's own factor on each expert's weight, [experts], if it has one. It must be the `scale` of
+            the experts, whose outputs are then meant without it.
+        listener: Who is told of what happens in the backward.
+
+    Raises:
+        RuntimeError: In the backward: a second derivative is taken, or gradients are batched (``is_grads_batched``).
     """
-    if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad):
+    if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad) or not len(index):
         return output
-    kept: tuple[Tensor | None, ...] = ()
-    how: _Stacked | ExpertDots
-    if isinstance(experts, StackedExperts):
-        derivation = experts.derivation
-        kept = experts.weights if derivation is None else derivation.sources
-        compute = None if derivation is None else derivation.compute
-        how = _Stacked(experts.layout, compute, _compute_dtype(experts.weights.up))
-    else:
-        how = experts
-    weights = weights.detach().to(scores.dtype)
-    centered = config.estimator == "centered" and renormalised
-    saved = (
-        x.detach(),
-        index,
-        weight_per_score(scores, index, weights),
-        scores.detach() if config.budget < 1 else None,
-        *((output.detach(), weights.sum(-1, keepdim=True)) if centered else (None, None)),
-        *kept,
-    )
-    return _StraightThrough.apply(output, scores, saved, _Call(how, score, config))  # type: ignore[no-any-return,no-untyped-call]
+    selected, factor, total = selection(scores, index, weights, renormalised, epsilon, weight_scale)
+    sampled, centered = config.budget < 1, config.estimator == "centered" and renormalised
+    how = _Stacked.of(experts) if isinstance(experts, StackedExperts) else experts
+    saved = [x, index, factor, scores, total if centered else None]
+    # ⟨g, y⟩ follows from the inner products of the selected experts, where all are evaluated. Otherwise y is copied:
+    # whoever comes next may write to the host's own in place.
+    saved.append(None if not centered else output.detach().clone() if sampled else selected)
+    if isinstance(how, _Stacked) and torch.compiler.is_compiling():
+        saved += how.kept  # torch.compile follows no other way
+        how = dataclasses.replace(how, kept=())
+    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, listener))  # type: ignore[no-untyped-call]
+    return _HandOn.apply(output, carrier)  # type: ignore[no-any-return,no-untyped-call]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Stacked:
-    """How to compute with stacked experts, besides their tensors."""
+    """Stacked experts, from the forward to the backward.
+
+    Attributes:
+        kept: The weights, or what they are derived from. By reference: FSDP and ZeRO-3 free a parameter's data after
+            the forward and bring it back for the backward. `save_for_backward` would do that too, but it refuses
+            tensors that anybody has written to since, as PEFT and other forwards do, where the host never looks again.
+        versions: How often each had been written to in the forward; None where that doesn't matter.
+    """
 
     layout: ExpertLayout
     compute: Callable[[ExpertWeights], ExpertWeights] | None
     dtype: torch.dtype
+    kept: tuple[Tensor | None, ...]
+    versions: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, experts: StackedExperts) -> _Stacked:
+        derivation, dtype = experts.derivation, compute_dtype(experts.weights.up)
+        if derivation is not None:
+            return cls(experts.layout, derivation.compute, dtype, tuple(derivation.sources), None)
+        kept = tuple(experts.weights)
+        return cls(experts.layout, None, dtype, kept, None if torch.compiler.is_compiling() else _versions(kept))
 
     def dots(
-        self,
-        x: Tensor,
-        g: Tensor,
-        sensitivity: Tensor | None,
-        kept: Iterable[Tensor],
-        selected: int,
-        config: DenseMixerConfig,
+        self, x: Tensor, g: Tensor, sensitivity: Tensor | None, selected: int, config: DenseMixerConfig
     ) -> tuple[Tensor, Tensor | None]:
-        """What an `ExpertDots` returns, from the tensors that were kept."""
-        weights, workspace = ExpertWeights(*kept), config.workspace_mb << 20
+        """What an `ExpertDots` returns."""
+        weights, workspace = ExpertWeights(*self.kept), config.workspace_mb << 20  # type: ignore[arg-type]
         experts = StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
         if sensitivity is None:
             return expert_dots(x, g, experts, self.dtype, workspace), None
@@ -116,41 +156,110 @@ class _Call:
     how: _Stacked | ExpertDots
     score: str
     config: DenseMixerConfig
+    listener: Listener | None
 
 
-class _StraightThrough(torch.autograd.Function):
+class _HandOn(torch.autograd.Function):
+    """The identity on the output; its gradient is that of the carrier too."""
+
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, output: Tensor, scores: Tensor, saved: tuple[Tensor | None, ...], call: _Call
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, carrier: Tensor) -> Tensor:
+        # No view: to write to a view that such a function returns in place, as others' hooks do, is an error.
+        return output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        return g, g
+
+
+class _ScoreGradient(torch.autograd.Function):
+    """From scores to a carrier: zeros without memory, in the shape of the output, whose gradient is g."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, output: Tensor, saved: tuple[Tensor | None, ...], call: _Call) -> Tensor:
         # `saved` comes as a tuple, so that its tensors are no inputs of this node: x and the weights get no edge to it.
-        # `save_for_backward` keeps a leaf by reference. That is what lets FSDP and ZeRO-3 free a parameter's data after
-        # the forward and bring it back for the backward; anything else would keep the old data alive or see none.
-        ctx.save_for_backward(*saved)  # type: ignore[arg-type]  # None is allowed
-        ctx.call = call  # type: ignore[attr-defined]
-        return output.view_as(output)
+        ctx.save_for_backward(*saved)
+        ctx.call = call
+        return output.new_zeros(()).expand(output.shape)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        how, score, config = ctx.call.how, ctx.call.score, ctx.call.config
-        x, index, scale, scores, y, total, *kept = ctx.saved_tensors
-        x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        sensitivity = None
-        if scores is not None:
-            sensitivity = (score_sensitivity(scores, score) * scale).scatter(-1, index, 0.0)
-        if isinstance(how, _Stacked):
-            dots, factor = how.dots(x, rows, sensitivity, kept, index.shape[-1], config)
-        else:
-            dots, factor = how(x, rows, sensitivity)
-        mean = None if y is None else torch.sum(rows * y.reshape(rows.shape), -1, True, dtype=scale.dtype) / total
-        extra = extra_score_gradient(dots.to(scale.dtype), index, scale, mean)
-        return g, extra if factor is None else extra * factor.to(scale.dtype), None, None
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                "DenseMixer doesn't work with batched gradients (is_grads_batched, vmap, torch.func). Take them one by "
+                "one, or call handle.remove() first."
+            )
+        with torch.no_grad():
+            extra = _extra_gradient(g, ctx.saved_tensors, ctx.call)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # under create_graph
+            x, _, _, scores, *_ = ctx.saved_tensors
+            weights = ctx.call.how.kept if isinstance(ctx.call.how, _Stacked) else ()
+            extra = _Undifferentiable.apply(extra, g, x, scores, *weights)  # type: ignore[no-untyped-call]
+        return extra, None, None, None
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which the host multiplies by ``weight``: autocast's where it is on (it leaves float64 alone)."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+class _Undifferentiable(torch.autograd.Function):
+    """The extra gradient as a function of all that it follows from, whose derivative isn't known."""
+
+    @staticmethod
+    def forward(ctx: Any, extra: Tensor, *sources: Tensor | None) -> Tensor:
+        return extra.view_as(extra)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "DenseMixer's gradient has no second derivative: it is a straight-through estimate. Take second "
+            "derivatives without DenseMixer: call handle.remove() first, or use the estimator 'conventional'."
+        )
+
+
+def _extra_gradient(g: Tensor, saved: tuple[Any, ...], call: _Call) -> Tensor:
+    """The gradient that DenseMixer adds to the scores, [tokens, experts]."""
+    x, index, factor, scores, total, y_or_selected, *kept = saved
+    x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    sampled, how = call.config.budget < 1, call.how
+    sensitivity = None
+    if sampled:
+        sensitivity = (score_sensitivity(scores, call.score) * factor).scatter(-1, index, 0.0)
+    if isinstance(how, _Stacked):
+        if how.versions is not None and how.versions != _versions(how.kept) and call.listener is not None:
+            call.listener.experts_written_to()
+        how = dataclasses.replace(how, kept=tuple(kept)) if kept else how
+        dots, repeats = how.dots(x, rows, sensitivity, index.shape[-1], call.config)
+        half = how.dtype == torch.float16
+    else:
+        dots, repeats = how(x, rows, sensitivity)
+        half = x.dtype == torch.float16
+    dots = dots.to(factor.dtype)
+    mean = None
+    if total is not None:
+        mean = _mean(dots, rows, index, factor, total, y_or_selected, sampled)
+    extra = extra_score_gradient(dots, index, factor, mean)
+    if repeats is not None:
+        extra = extra * repeats.to(factor.dtype)
+    return _without_overflow(extra, x, rows, call.listener) if half else extra
+
+
+def _mean(
+    dots: Tensor, g: Tensor, index: Tensor, factor: Tensor, total: Tensor, y_or_selected: Tensor, sampled: bool
+) -> Tensor:
+    """⟨g, y⟩/a, [tokens, 1], for the routed scaling factor a = c·(S + ε); zero where all weights are zero."""
+    if not sampled:
+        # y = c·Σ_selected p_j·E_j(x).
+        return (dots.gather(-1, index) * y_or_selected).sum(-1, keepdim=True) / total
+    along = torch.sum(g * y_or_selected.reshape(g.shape), -1, True, dtype=factor.dtype)
+    scaling = factor * total
+    return torch.where(scaling == 0, 0.0, along / scaling)
+
+
+def _without_overflow(extra: Tensor, x: Tensor, g: Tensor, listener: Listener | None) -> Tensor:
+    """Zero where it isn't finite, except for tokens whose x or g isn't: these are the host's affair."""
+    finite = torch.isfinite(x).all(-1, keepdim=True) & torch.isfinite(g).all(-1, keepdim=True)
+    overflowed = ~torch.isfinite(extra) & finite
+    if listener is not None:
+        listener.pairs_left_out(overflowed.sum())
+    return extra.masked_fill(overflowed, 0.0)
+
+
+def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(-1 if tensor is None or tensor.is_inference() else tensor._version for tensor in tensors)

@@ -155,7 +155,8 @@ def attach(model: nn.Module, settings: Settings) -> None:
 def detach(model: nn.Module) -> None:
     """Remove what `attach` attached, and nothing else: a framework's own switch says no."""
     for layer in attached_layers(model):
-        layer.give_way()
+        if layer.handle is not None and layer.handle.gives_way:
+            layer.handle.remove()
 
 
 def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from densemixer_adapters.host_experts import is_split, unwrap, weight_names
+from densemixer_adapters.host_experts import is_split, is_stacked, unwrap, weight_names
 from densemixer_adapters.layer import DenseMixerLayer, UnsupportedModelError
-from densemixer_adapters.routers import STACKED_WITHOUT_DECORATOR, is_refused, left_to_the_host, router_of
+from densemixer_adapters.routers import is_refused, left_to_the_host, router_of
 from densemixer_adapters.weights import why_unreadable
 from densemixer_core import DenseMixerConfig
 
@@ -59,8 +59,7 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
                 "architecture. A newer densemixer-adapters may know it; otherwise switch DenseMixer off for this model."
             )
         experts = unwrap(block.get_submodule("experts"))
-        stacked = hasattr(experts, "has_gate") or type(experts).__name__ in STACKED_WITHOUT_DECORATOR
-        if not stacked or not isinstance(getattr(experts, "down_proj", None), Tensor):
+        if not is_stacked(experts) or not isinstance(getattr(experts, "down_proj", None), Tensor):
             raise UnsupportedModelError(
                 f"{where}: its experts ({type(experts).__name__}) don't hold stacked weights as the models of "
                 "transformers 5 do. Load the model with transformers >= 5.5.4 and without quantisation, or switch "
@@ -78,8 +77,4 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
                 "tensor and expert parallelism of transformers yet; load the model without tp_plan, tp_size, ep_size "
                 "and enable_expert_parallel (DDP, FSDP and ZeRO work), or switch DenseMixer off."
             )
-        for hook in list(experts._forward_hooks.values()):
-            attached = getattr(hook, "__self__", None)
-            if isinstance(attached, DenseMixerLayer) and not attached.give_way():
-                raise RuntimeError(f"{where}: DenseMixer is attached already; call .remove() on its handle first.")
-        yield DenseMixerLayer(name, block, router_name, experts, spec, config)
+        yield DenseMixerLayer(name, block, router_name, spec, config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,20 +10,40 @@ from torch.nn import functional as F
 
 from densemixer_core import Activation, ExpertLayout, recognise
 
+_CHECKPOINTED = "_checkpoint_wrapped_module"  # of torch's `CheckpointWrapper`
+
+
+STACKED_WITHOUT_DECORATOR = ("LigerExperts", "LongcatFlashExperts", "Step3p7Experts")
+"""Experts laid out as the defaults of transformers' `use_experts_implementation` say, without being decorated by it.
+
+Liger puts its own in the place of a model's if it is applied before the model is made.
+"""
+
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The host's own module inside PEFT's wrappers."""
-    return next(unwrapped(module))
+    """The host's own module inside the wrappers of PEFT and of activation checkpointing."""
+    inner = next((found for name in _WRAPPED if isinstance(found := getattr(module, name, None), nn.Module)), None)
+    return module if inner is None else unwrap(inner)
 
 
-def unwrapped(module: nn.Module) -> Iterator[nn.Module]:
-    """The host's own module inside PEFT's wrappers, then the copies of it that `modules_to_save` has made."""
-    inner = getattr(module, "base_layer", None) or getattr(module, "original_module", None)
-    if not isinstance(inner, nn.Module):
-        yield module
-        return
-    yield from unwrapped(inner)
-    yield from getattr(module, "modules_to_save", {}).values()
+_WRAPPED = ("base_layer", "original_module", _CHECKPOINTED)
+
+
+def is_stacked(module: nn.Module) -> bool:
+    """Whether a module is of a class of experts that holds stacked weights, as all of transformers 5 are."""
+    # Not by `getattr`: wrappers lend out the attributes of what they wrap.
+    if hasattr(type(module), "has_gate") or "has_gate" in vars(module):
+        return True
+    return any(kind.__name__ in STACKED_WITHOUT_DECORATOR for kind in type(module).__mro__)
+
+
+def stacked_within(experts: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
+    """The modules with stacked weights inside all wrappers, and the outermost activation checkpoint around them."""
+    if is_stacked(experts):
+        return [experts], None
+    modules = list(experts.modules())
+    checkpoint = next((module for module in modules if _CHECKPOINTED in module._modules), None)
+    return [module for module in modules if is_stacked(module)], checkpoint
 
 
 def is_split(experts: nn.Module) -> bool:

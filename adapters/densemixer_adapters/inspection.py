@@ -142,8 +142,9 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
         experts, chosen = layer.matrices[0][0], selected(model, layer)
         extra += layer.extra_operations * (1 - chosen / experts if options.budget < 1 else 1)
         centered = options.estimator == "centered" and layer.renormalised
-        output = 4 + model.config.get_text_config().hidden_size * model.dtype.itemsize
-        saved.append(4 * (experts + 1) + (output if centered else 0))
+        # For ⟨g, y⟩: the selected experts' scores, or a copy of the output where not all experts are evaluated.
+        kept = 4 * chosen if options.budget == 1 else model.config.get_text_config().hidden_size * model.dtype.itemsize
+        saved.append(4 * (experts + 1) + (4 + kept if centered else 0))
     return Cost(forward, extra, sum(saved), max(saved))
 
 

@@ -1,18 +1,26 @@
-"""One Mixture-of-Experts layer of transformers 5, and the forward hooks that train its router through all experts."""
+"""One Mixture-of-Experts layer of transformers 5, and how its router is trained through all of its experts.
+
+In a training forward the block's first hook begins a `calls.Call`, the router's hook puts its output there, the
+experts' hook puts the straight-through node on their output, and the block's last hook ends the call.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import math
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from densemixer_adapters.host_experts import formula_of, layout_of, unwrap, unwrapped, weight_names
+from densemixer_adapters import calls
+from densemixer_adapters.calls import Call
+from densemixer_adapters.checks import EVERY, OutputMismatchError, check_output, draws_at_random, signature
+from densemixer_adapters.host_experts import formula_of, layout_of, stacked_within, unwrap, weight_names
 from densemixer_adapters.routers import Router
 from densemixer_adapters.weights import read_weights
 from densemixer_core import (
@@ -20,6 +28,7 @@ from densemixer_core import (
     RoutingMismatchError,
     StackedExperts,
     check_routing,
+    compute_dtype,
     router_scores,
     straight_through,
 )
@@ -33,60 +42,98 @@ class UnsupportedModelError(ValueError):
     """DenseMixer can't be attached to this model. The message names the module, the reason and the fix."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Forward:
+    """What a training forward of a layer did, for an observer.
+
+    Attributes:
+        router_input: The router's input, [..., hidden]; None if it was called without positional arguments.
+        router_output: The tensor that the router returned, [..., experts].
+        probabilities: Whether that has been through a softmax already.
+        x: The experts' input, [..., hidden].
+        index: The selected experts, [tokens, k].
+    """
+
+    router_input: Tensor | None
+    router_output: Tensor
+    probabilities: bool
+    x: Tensor
+    index: Tensor
+
+
+Observer = Callable[[Forward, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+"""Called in each training forward, whatever the estimator, with the experts' output, [..., hidden], and the scores,
+[tokens, experts]; None for those if DenseMixer adds nothing. What it returns takes their places, that of the scores for
+DenseMixer alone: the gradient that comes back there is the one that DenseMixer adds."""
+
+_lock = threading.Lock()
+
+
 class DenseMixerLayer:
-    """One Mixture-of-Experts layer and the hooks on it.
+    """One Mixture-of-Experts layer. Its block owns it, by its hooks: a copied block has a layer of its own.
 
     Attributes:
         name: The block's name in the model, e.g. ``model.layers.0.mlp``.
-        block: The module that owns router and experts.
+        router_attribute: The block's attribute that holds the router.
         router_name: The router's name in the model, e.g. ``model.layers.0.mlp.gate``.
-        experts: The module with the stacked weights.
-        renormalised: Whether the selected experts' scores are divided by their sum.
         formula: What the experts' activation computes, for the fused kernel; None if that is unknown.
         config: The options.
-        observe: None, or a function of the scores, [tokens, experts], and the experts' input, [..., hidden]. What it
-            returns takes the place of the scores for DenseMixer alone, so the gradient that comes back there is the one
-            that DenseMixer adds.
-        watch: None, or a function that is called in each training forward, whatever the estimator, with the router's
-            input and output, the selected experts and the experts' output. What it returns takes that output's place.
-        probe: None, or a function of the router's output and the selected experts, called in forwards without
-            gradients.
+        handle: The handle that the layer belongs to; None while it isn't attached.
+        observer: Who is told of each training forward, if anybody.
     """
 
     def __init__(
-        self, name: str, block: nn.Module, router_name: str, experts: nn.Module, spec: Router, config: DenseMixerConfig
+        self, name: str, block: nn.Module, router_attribute: str, spec: Router, config: DenseMixerConfig
     ) -> None:
         self.name = name
-        self.block = block
-        self.router_name = f"{name}.{router_name}" if name else router_name
-        self.experts = experts
-        self.observe: Callable[[Tensor, Tensor], Tensor] | None = None
-        self.watch: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] | None = None
-        self.probe: Callable[[Tensor, Tensor], None] | None = None
-        self._router = spec
-        self.renormalised = spec.is_renormalised([unwrap(self.router), block])
-        self.formula = formula_of(experts)
+        self.router_attribute = router_attribute
+        self.router_name = f"{name}.{router_attribute}" if name else router_attribute
         self.config = config
-        self._arguments = list(inspect.signature(type(experts).forward).parameters)[1:4]
-        self._hooks: list[RemovableHandle] = []
-        self._handle: DenseMixerHandle | None = None  # while attached
-        self._router_output: Tensor | None = None
-        self._router_input: Tensor | None = None  # where somebody watches
-        self._experts_ran = False
-        self._gives_probabilities: bool | None = None  # unknown until the first training forward
+        self.handle: DenseMixerHandle | None = None
+        self.observer: Observer | None = None
+        self._spec = spec
+        self._block: weakref.ref[nn.Module] | None = weakref.ref(block)
+        self.formula = formula_of(self.experts)
+        self._arguments = list(inspect.signature(type(self.experts).forward).parameters)[1:4]
+        self._pairs_left_out: Tensor | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was found out in checks."""
+        self._probabilities: bool | None = None  # whether the router returns them; unknown until a forward with tokens
+        self._signature: tuple[Any, ...] | None = None
+        self._until_check = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: neither the block of this one nor who observes it is theirs."""
+        return {**vars(self), "_block": None, "observer": None, "_pairs_left_out": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
+
+    def belong_to(self, block: nn.Module) -> None:
+        """Say whose layer this is, where the block has been copied."""
+        self._block = weakref.ref(block)
+
+    @property
+    def block(self) -> nn.Module:
+        """The module that owns router and experts."""
+        block = None if self._block is None else self._block()
+        if block is None:
+            raise RuntimeError(f"{self.name}: the model of this layer of DenseMixer is gone")
+        return block
 
     @property
     def router(self) -> nn.Module:
-        """The router, as the block calls it now: PEFT may have wrapped it since."""
-        router: nn.Module = getattr(self.block, self.router_name.rpartition(".")[2])
+        """The router, as the block calls it now: others may have wrapped it since."""
+        router: nn.Module = getattr(self.block, self.router_attribute)
         return router
 
-    def give_way(self) -> bool:
-        """Remove the whole handle that this layer belongs to, if it may be."""
-        if self._handle is not None and self._handle.gives_way:
-            self._handle.remove()
-            return True
-        return False
+    @property
+    def experts(self) -> Any:
+        """The module with the stacked weights."""
+        return unwrap(self.block.get_submodule("experts"))
 
     @property
     def matrices(self) -> list[tuple[int, ...]]:
@@ -102,134 +149,194 @@ class DenseMixerLayer:
     @property
     def router_is_linear(self) -> bool:
         """Whether the router's logits are its weight times its input, plus a bias at most."""
-        return self._router.linear and isinstance(getattr(unwrap(self.router), "weight", None), Tensor)
+        return self._spec.linear and isinstance(getattr(unwrap(self.router), "weight", None), Tensor)
 
     @property
-    def gives_probabilities(self) -> bool:
-        """Whether the router's output has been through a softmax already, from the first training forward on."""
-        return bool(self._gives_probabilities)
+    def renormalised(self) -> bool:
+        """Whether the selected experts' scores are divided by their sum."""
+        return self._is_renormalised(self.block)
 
     @property
     def score(self) -> str:
         """The function that makes scores of the router's logits, see `densemixer_core.routing`."""
-        return self._router.score
+        return self._spec.score
 
     @property
     def router_is_frozen(self) -> bool:
-        # FSDP1 may have taken the parameters away; then only the graph knows.
-        parameters = list(self.router.parameters())
-        return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+        return _is_frozen(self.router)
 
     def attach(self, handle: DenseMixerHandle) -> None:
-        self._handle = handle
-        # On the host's own modules, inside of PEFT's wrappers: these come and go (merge_and_unload).
-        for router in unwrapped(self.router):
-            self._hooks.append(router.register_forward_hook(self._after_router))
-        for experts in unwrapped(self.block.get_submodule("experts")):
-            # First of the hooks: those of ZeRO-3, which may be there already, bring the weights back for what lies
-            # below them in the graph, and those of bitsandbytes drop the dequantised weights.
-            self._hooks.append(experts.register_forward_hook(self._after_experts, prepend=True, with_kwargs=True))
-        self._hooks.append(self.block.register_forward_hook(self._after_block))
+        self.handle = handle
+        block = self.block
+        block.register_forward_pre_hook(self._before_block)
+        block.register_forward_hook(self._after_block, always_call=True)
+        calls.attach(self.router, stacked_within(block.get_submodule("experts"))[0])
 
     def remove(self) -> None:
-        # Copies that others made of the hooked modules (of the whole model, say) share this object; this stops them.
-        self._handle = None
-        self._router_output = self._router_input = None
-        self.observe = self.watch = self.probe = None
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        # PEFT's `modules_to_save` has copied a module with its hooks.
-        for module in self.block.modules():
-            for key, function in list(module._forward_hooks.items()):
-                if getattr(function, "__self__", None) is self:
-                    del module._forward_hooks[key]
-                    module._forward_hooks_with_kwargs.pop(key, None)
+        """Leave the block as it was. Does nothing the second time, or where the block is gone."""
+        self.handle = self.observer = None
+        block = None if self._block is None else self._block()
+        if block is None:
+            return
+        for hooks in (block._forward_pre_hooks, block._forward_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    calls.remove_hook(block, key)
+        calls.detach(block)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DenseMixerLayer:
-        # The hooks of a copied router must report to the layer whose experts run; a copied layer would bring along a
-        # copy of all experts.
-        return self
+    # What happens in a forward, in this order.
 
-    def _after_router(self, router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._handle and (torch.is_grad_enabled() or self.probe is not None):
-            self._router_output = output[0] if isinstance(output, tuple) else output
-            self._router_input = args[0] if args and self.watch is not None else None
+    def _before_block(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.handle is None or not (torch.is_grad_enabled() or calls.recorder() is not None):
+            return
+        call = Call(self, block, torch.is_grad_enabled() and self._trains(block), calls.under_way())
+        if torch.compiler.is_compiling():
+            call.checks = self._probabilities is None
+        elif call.trains:
+            self._refuse(call)
+            calls.attach(call.router, [*call.inner, *([] if call.site is None else [call.site])])
+            self._plan_checks(call)
+        calls.begin(call)
 
-    def _after_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Any:
-        if self._handle is None or not (torch.is_grad_enabled() or self.probe is not None):
-            return None
-        router_output, self._router_output = self._router_output, None
-        router_input, self._router_input = self._router_input, None
+    def _trains(self, block: nn.Module) -> bool:
+        """Whether there is anything to do in a training forward."""
+        assert self.handle is not None
+        if self.config.metrics and self.observer is None:
+            self.handle.warn_of_unread_metrics()
+        if self.config.estimator == "conventional" and self.observer is None:
+            return False
+        if _is_frozen(getattr(block, self.router_attribute)):
+            self.handle.warn_of_frozen_routers()
+            return False
+        return True
+
+    def _refuse(self, call: Call) -> None:
+        if torch._C._are_functorch_transforms_active():
+            raise UnsupportedModelError(
+                f"{self.name}: DenseMixer doesn't work within torch.func (grad, vmap, functional_call under them). Use "
+                "torch.autograd instead, or call handle.remove() first."
+            )
+        if not call.inner:
+            raise UnsupportedModelError(
+                f"{self.name}: its experts are now a {type(call.experts).__name__}, which holds no stacked weights. "
+                "Something has replaced them since DenseMixer was attached; undo that, or switch DenseMixer off."
+            )
+
+    def _plan_checks(self, call: Call) -> None:
+        """Decide whether this forward is looked at. By what it is made of, now that our own hooks are in place."""
+        now = (
+            self._is_renormalised(call.block),
+            *signature(call.block, call.router, unwrap(call.router), call.experts, *call.inner),
+        )
+        call.signature = now
+        call.checks = now != self._signature or self._until_check <= 0
+        self._until_check -= 1
+
+    def after_experts(
+        self, call: Call, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Called by `calls.after_experts` after the module with the weights, and after the checkpoint around it."""
         x, index, weights = (args + tuple(kwargs[name] for name in self._arguments[len(args) :]))[:3]
-        if not torch.is_grad_enabled():
-            if self.probe is not None and router_output is not None:
-                self.probe(router_output.reshape(-1, router_output.shape[-1]), index)
+        if not call.trains:
+            recorder = None if torch.is_grad_enabled() else calls.recorder()
+            if recorder is not None and call.router_output is not None:
+                recorder(self, _rows(call.router_output), index)
             return None
-        self._experts_ran = True
-        if self.config.metrics and self.watch is None:
-            self._handle.warn_of_unread_metrics()
-        conventional = self.config.estimator == "conventional"
-        if conventional and self.watch is None:
-            return None
-        if router_output is None:
+        if call.router_output is None:
             raise UnsupportedModelError(
                 f"{self.name}: the experts ran without their router `{self.router_name}` having been called as a module"
                 ", so DenseMixer can't see the scores. Something replaced the block's forward; remove that, or switch "
                 "DenseMixer off."
             )
+        if experts is not call.site:
+            call.stacked = None if self.config.estimator == "conventional" else self._stacked(call, experts)
+            if call.checks and len(index):
+                self._check(call, x, index, weights, output)
+        if experts is not call.site and call.site is not None:
+            return None
+        call.done = True
+        return self._through(call, x, index, weights, output)
+
+    def _through(self, call: Call, x: Tensor, index: Tensor, weights: Tensor, output: Tensor) -> Tensor | None:
+        raw, stacked = call.router_output, call.stacked
+        assert raw is not None
+        assert self.handle is not None
         if not output.requires_grad:
             return None
-        if not router_output.requires_grad or self.router_is_frozen:
-            self._handle.warn_of_frozen_routers()
+        if not raw.requires_grad:
+            self.handle.warn_of_frozen_routers()
             return None
-        raw, router_output = router_output, router_output.reshape(-1, router_output.shape[-1])
-        stacked = None if conventional else self._stacked(experts, router_output.shape[-1])
-        first = self._gives_probabilities is None
-        if first:
-            self._gives_probabilities = self._router.score == "softmax" and are_probabilities(router_output)
-        if self.watch is not None and router_input is not None:
-            output = self.watch(router_input, raw, index, output)
-        if stacked is None:
+        probabilities = bool(self._probabilities)
+        scores = None if stacked is None else self._scores(_rows(raw), probabilities)
+        observed = scores
+        if self.observer is not None:
+            forward = Forward(call.router_input, raw, probabilities, x, index)
+            output, observed = self.observer(forward, output, scores)
+        if stacked is None or scores is None or observed is None:
             return output
-        scores = router_output if self._gives_probabilities else router_scores(router_output, self._router.score)
-        if stacked.layout.zeros:
-            # Where a token chose the expert that returns zero, the host has put another one there, with weight 0.
-            none = weights == 0
-            index = index.masked_fill(none, stacked.weights.down.shape[0])
-            weights = torch.where(none, scores.detach().gather(-1, index).to(weights.dtype), weights)
-        if stacked.weights.scale is not None:
-            weights = weights / stacked.weights.scale[index]
-        if first:
-            self._check(scores, index, weights)
+        index, weights = _with_experts_of_none(stacked, scores, index, weights)
         return straight_through(
             output,
-            scores if self.observe is None else self.observe(scores, x),
+            observed,
             x=x,
             index=index,
             weights=weights,
             experts=stacked,
-            score=self._router.score,
-            renormalised=self.renormalised,
+            score=self._spec.score,
+            renormalised=self._is_renormalised(call.block),
             config=self.config,
+            epsilon=self._spec.epsilon_of(unwrap(call.router)),
+            weight_scale=stacked.weights.scale,
+            listener=self,
         )
 
     def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._handle is None or not torch.is_grad_enabled():
+        call = calls.end(block)
+        if call is None or not call.trains or call.done or output is None:  # None: it has raised an error
             return
-        if not self._experts_ran:
-            raise UnsupportedModelError(
-                f"{self.name}: its forward ran without calling `experts` as a module, so DenseMixer had no effect. A "
-                "kernel that replaces the whole block does this: load the model with use_kernels=False, or switch "
-                "DenseMixer off."
-            )
-        self._experts_ran = False
+        if any(isinstance(argument, Tensor) and not argument.numel() for argument in args):
+            return
+        raise UnsupportedModelError(
+            f"{self.name}: its forward ran without calling `experts` as a module, so DenseMixer had no effect. A "
+            "kernel that replaces the whole block does this: load the model with use_kernels=False; so do experts that "
+            "are compiled apart from their block: compile the block or the model. Or switch DenseMixer off."
+        )
 
-    def _stacked(self, experts: nn.Module, scored: int) -> StackedExperts:
-        """The experts, of which the router scores ``scored``."""
+    # What happens in the backward.
+
+    def pairs_left_out(self, count: Tensor) -> None:
+        """Called by the core in float16."""
+        with _lock:
+            self._pairs_left_out = count if self._pairs_left_out is None else self._pairs_left_out + count
+        if self.handle is not None:
+            self.handle.warn_of_overflow(count)
+
+    def experts_written_to(self) -> None:
+        """Called by the core."""
+        if self.handle is not None:
+            self.handle.warn_of_changed_experts(self.name)
+
+    def take_pairs_left_out(self) -> Tensor | None:
+        """How many pairs overflowed in float16 since this was last called, a scalar; None if nothing was counted."""
+        with _lock:
+            count, self._pairs_left_out = self._pairs_left_out, None
+        return count
+
+    # What the layer is.
+
+    def _is_renormalised(self, block: nn.Module) -> bool:
+        return self._spec.is_renormalised([unwrap(getattr(block, self.router_attribute)), block])
+
+    def _scores(self, router_output: Tensor, probabilities: bool) -> Tensor:
+        return router_output if probabilities else router_scores(router_output, self._spec.score)
+
+    def _stacked(self, call: Call, experts: Any) -> StackedExperts:
+        """The experts with their weights, as their forward saw them."""
+        assert call.router_output is not None
+        scored = call.router_output.shape[-1]
         weights, derivation = read_weights(experts, weight_names(experts))
-        if self._router.expert_scale:
-            scale = getattr(unwrap(self.router), self._router.expert_scale)
+        if self._spec.expert_scale:
+            scale = getattr(unwrap(call.router), self._spec.expert_scale)
             weights = weights._replace(scale=scale)
             if derivation:
                 derivation = dataclasses.replace(derivation, sources=derivation.sources._replace(scale=scale))
@@ -240,7 +347,7 @@ class DenseMixerLayer:
                 "ZeRO-3; or switch DenseMixer off."
             )
         held = weights.down.shape[0]
-        further = self._router.further
+        further = self._spec.further
         if scored < held:
             raise UnsupportedModelError(
                 f"{self.name}: its router returns {scored} numbers a token first, not the scores of {held} experts. "
@@ -260,13 +367,64 @@ class DenseMixerLayer:
         )
         return StackedExperts(weights, layout, derivation)
 
-    def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
+    @torch.no_grad()
+    def _check(self, call: Call, x: Tensor, index: Tensor, weights: Tensor, output: Tensor) -> None:
+        """Compare what is declared with what the layer did, see `checks`."""
+        assert call.router_output is not None
+        raw, stacked, router = _rows(call.router_output), call.stacked, unwrap(call.router)
+        probabilities = are_probabilities(raw) if self._spec.score == "softmax" else False
+        if probabilities is None:  # nothing but what isn't a number
+            return
+        if stacked is not None:
+            scores = self._scores(raw, probabilities)
+            routed = _with_experts_of_none(stacked, scores, index, weights)
+            scale = stacked.weights.scale
+            try:
+                check_routing(scores, *routed, self._is_renormalised(call.block), self._spec.epsilon_of(router), scale)
+            except RoutingMismatchError as error:
+                raise RoutingMismatchError(
+                    f"{self.router_name} ({type(router).__name__}): DenseMixer takes its scores to be "
+                    f"the {self._spec.score} of its logits, but {error}. This version of the model routes "
+                    "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
+                ) from None
+            self._check_output(call, stacked, x, index, weights, output)
+        self._probabilities, self._signature, self._until_check = probabilities, call.signature, EVERY
+
+    def _check_output(
+        self, call: Call, stacked: StackedExperts, x: Tensor, index: Tensor, weights: Tensor, output: Tensor
+    ) -> None:
+        if draws_at_random(call.experts):
+            return
+        derivation = stacked.derivation
+        used = stacked.weights if derivation is None else derivation.compute(derivation.sources)
+        experts = StackedExperts(used._replace(scale=None), stacked.layout)  # the weights contain the scale
         try:
-            check_routing(scores, index, weights, self.renormalised)
-        except RoutingMismatchError as error:
-            self._gives_probabilities = None
-            raise RoutingMismatchError(
-                f"{self.router_name} ({type(unwrap(self.router)).__name__}): DenseMixer takes its scores to be "
-                f"the {self._router.score} of its logits, but {error}. This version of the model routes "
-                "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
+            check_output(_rows(output), _rows(x), index, weights, experts, compute_dtype(used.up))
+        except OutputMismatchError as error:
+            raise OutputMismatchError(
+                f"{self.name} ({type(call.inner[0]).__name__}): {error}. Something changes what its experts return: a "
+                "replaced or wrapped forward, a hook registered with prepend=True, or a kernel. DenseMixer computes "
+                "with the experts' weights, so its gradient would be wrong. Undo that (a forward hook without prepend "
+                "is fine), or switch DenseMixer off."
             ) from None
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _is_frozen(router: nn.Module) -> bool:
+    # FSDP1 may have taken the parameters away; then only the graph knows.
+    parameters = list(router.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _with_experts_of_none(
+    stacked: StackedExperts, scores: Tensor, index: Tensor, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where a token chose the expert that returns zero, the host has put another one there, with weight 0."""
+    if not stacked.layout.zeros:
+        return index, weights
+    none = weights == 0
+    index = index.masked_fill(none, stacked.weights.down.shape[0])
+    return index, torch.where(none, scores.detach().gather(-1, index).to(weights.dtype), weights)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densemixer_adapters.layer import DenseMixerLayer
-from densemixer_adapters.metric_names import COSINE, ENTROPY, MAXIMUM, NORM, PREFIX, SHARE
+from densemixer_adapters.layer import DenseMixerLayer, Forward
+from densemixer_adapters.metric_names import COSINE, ENTROPY, LEFT_OUT, MAXIMUM, NORM, PREFIX, SHARE
 from densemixer_core.routing import score_gradient_to_logits
 
 
@@ -37,13 +38,12 @@ class RouterMeter:
         self.layers = layers
         self._records = {layer: _Record(layer.router_is_linear, load) for layer in layers}
         for layer, record in self._records.items():
-            layer.watch = functools.partial(_watch, layer, record)
-            layer.observe = functools.partial(_observe, layer, record)
+            layer.observer = functools.partial(_observe, layer, record)
 
     def remove(self) -> None:
         """Watch no longer."""
         for layer in self.layers:
-            layer.watch = layer.observe = None
+            layer.observer = None
 
     def discard_gradients(self) -> None:
         """Forget the gradients since the last step; the load goes on being counted."""
@@ -110,6 +110,15 @@ class RouterMeter:
             values.append(mean(values))
         return found
 
+    def pairs_left_out(self) -> dict[str, list[float]]:
+        """How many pairs of a token and an expert overflowed in float16 since this was last called, by layer, and all.
+
+        Collective: all ranks call it. NaN where there were none.
+        """
+        counts = [layer.take_pairs_left_out() for layer in self.layers]
+        (row,) = sum_over_ranks([[0.0 if count is None else float(count) for count in counts]])
+        return {LEFT_OUT: [count or math.nan for count in [*row, sum(row)]]}
+
 
 def named(layers: Sequence[DenseMixerLayer], values: dict[str, list[float]]) -> dict[str, float]:
     """The metrics as logs have them: ``densemixer/NAME`` over all layers, ``densemixer/layer_3/NAME`` for one.
@@ -156,7 +165,6 @@ class _Record:
         experts: The number of experts, likewise.
         total: The sum of the weight's gradients.
         added: Of what DenseMixer adds to them.
-        call: The training forward that is under way.
     """
 
     def __init__(self, linear: bool, count: bool) -> None:
@@ -167,7 +175,7 @@ class _Record:
         self.total: Tensor | None = None
         self.added: Tensor | None = None
         self.loads: Tensor | None = None
-        self.call = _Call()
+        self._lock = threading.Lock()  # backwards may run in several threads
 
     def read(self) -> Tensor:
         """Total and added gradient, [2, experts, hidden]."""
@@ -186,11 +194,12 @@ class _Record:
 
     def add_load(self, index: Tensor) -> None:
         assert self.experts is not None
-        if self.loads is None:
-            # The last one is for what is no expert of this process.
-            self.loads = torch.zeros(self.experts + 1, device=index.device, dtype=torch.float64)
-        index = index.flatten().clamp(max=self.experts)
-        self.loads.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
+        with self._lock:
+            if self.loads is None:
+                # The last one is for what is no expert of this process.
+                self.loads = torch.zeros(self.experts + 1, device=index.device, dtype=torch.float64)
+            index = index.flatten().clamp(max=self.experts)
+            self.loads.index_add_(0, index, torch.ones_like(index, dtype=torch.float64))
 
     def add_gradients(self, call: _Call, gradient: Tensor) -> None:
         """Called with the gradient of the router's output, when the layer's part in the backward is over."""
@@ -202,9 +211,10 @@ class _Record:
         total = gradient.reshape(-1, gradient.shape[-1])
         if probabilities is not None:
             total = score_gradient_to_logits(total, probabilities.reshape(total.shape), "softmax")
-        self.total = _add(self.total, total, x)
-        if added is not None:
-            self.added = _add(self.added, added, x)
+        with self._lock:
+            self.total = _add(self.total, total, x)
+            if added is not None:
+                self.added = _add(self.added, added, x)
 
 
 class _Call:
@@ -222,33 +232,31 @@ def _add(sum: Tensor | None, logits: Tensor, x: Tensor) -> Tensor:
     return gradient if sum is None else sum.add_(gradient)
 
 
-def _watch(
-    layer: DenseMixerLayer, record: _Record, x: Tensor, router_output: Tensor, index: Tensor, output: Tensor
-) -> Tensor:
+def _observe(
+    layer: DenseMixerLayer, record: _Record, forward: Forward, output: Tensor, scores: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    x, router_output = forward.router_input, forward.router_output
+    if x is None:
+        return output, scores
     record.experts, record.device = router_output.shape[-1], x.device
-    if record.linear:
-        record.shape = record.experts, x.shape[-1]
-    record.call = call = _Call()
+    call = _Call()
 
     def carried(x: Tensor, index: Tensor, probabilities: Tensor | None) -> None:
         call.x, call.probabilities = x, probabilities
         if record.count:
             record.add_load(index)
 
-    if record.linear:
-        # The gradient of the output's own tensor, whoever uses it. It keeps nothing alive: see `_Carry`.
-        router_output.register_hook(lambda gradient: record.add_gradients(call, gradient))  # type: ignore[no-untyped-call]
-    probabilities = router_output.detach() if layer.gives_probabilities else None
-    return _Carry.apply(output, x.detach(), index, probabilities, carried)  # type: ignore[no-any-return,no-untyped-call]
-
-
-def _observe(layer: DenseMixerLayer, record: _Record, scores: Tensor, x: Tensor) -> Tensor:
-    call = record.call
-
     def added(gradient: Tensor) -> None:
         call.added = gradient
 
-    return _Added.apply(scores, layer.score, added) if record.linear else scores  # type: ignore[no-untyped-call]
+    if record.linear:
+        record.shape = record.experts, x.shape[-1]
+        # The gradient of the output's own tensor, whoever uses it. It keeps nothing alive: see `_Carry`.
+        router_output.register_hook(lambda gradient: record.add_gradients(call, gradient))  # type: ignore[no-untyped-call]
+        if scores is not None:
+            scores = _Added.apply(scores, layer.score, added)  # type: ignore[no-untyped-call]
+    probabilities = router_output.detach() if forward.probabilities else None
+    return _Carry.apply(output, x.detach(), forward.index, probabilities, carried), scores  # type: ignore[no-untyped-call]
 
 
 class _Carry(torch.autograd.Function):
@@ -268,7 +276,7 @@ class _Carry(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, index, probabilities)
         ctx.carried = carried
-        return output.view_as(output)
+        return output.detach()  # no view, see `densemixer_core.straight_through`
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:

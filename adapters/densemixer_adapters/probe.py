@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
+from densemixer_adapters.calls import recording
 from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import CHANGE, DRIFT
 from densemixer_adapters.metrics import sum_over_ranks
@@ -93,20 +94,15 @@ class Probe:
         assert self._batch is not None
         args, kwargs = self._batch
         found: dict[DenseMixerLayer, _Routing] = {}
-        for layer in self.layers:
-            layer.probe = functools.partial(self._keep, layer, found)
-        try:
-            with _evaluating(self.model), torch.no_grad(), torch.autocast(**self._autocast):
-                self.model(*args, **kwargs)
-        finally:
-            for layer in self.layers:
-                layer.probe = None
+        recorded = recording(functools.partial(self._keep, found))
+        with _evaluating(self.model), torch.no_grad(), torch.autocast(**self._autocast), recorded:
+            self.model(*args, **kwargs)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # its root is not, after a forward
         return [found.get(layer) for layer in self.layers]
 
     def _keep(
-        self, layer: DenseMixerLayer, found: dict[DenseMixerLayer, _Routing], router_output: Tensor, index: Tensor
+        self, found: dict[DenseMixerLayer, _Routing], layer: DenseMixerLayer, router_output: Tensor, index: Tensor
     ) -> None:
         rows: Tensor | slice = slice(TOKENS)
         # A layer may see other tokens than the mask speaks of, as experts of a vision tower do.

@@ -61,7 +61,8 @@ class RouterMetrics:
         gradients = self._meter.gradients(1.0 if self._scale is None else self._scale)
         if self._scale is None:
             gradients.pop(NORM, None)
-        return named(self.layers, gradients | self._meter.load() | self._probe.measure() | self._lost.measure())
+        routing = self._meter.load() | self._probe.measure() | self._meter.pairs_left_out()
+        return named(self.layers, gradients | routing | self._lost.measure())
 
     def remove(self) -> None:
         """Watch no longer."""

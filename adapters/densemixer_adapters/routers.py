@@ -30,6 +30,8 @@ class Router:
             one that returns zero, which the router hands on as another expert with weight 0.
         linear: Whether the logits are the product of the router's input with its `weight`, if it has one, and nothing
             else but a bias. Router metrics read the weight's gradient off that of the logits.
+        epsilon: What the layer adds to the sum of the selected scores before it divides by it, or the name of the
+            attribute of the router that says so. Where it matters, a wrong one is a mismatch with the layer's weights.
     """
 
     score: str
@@ -37,6 +39,11 @@ class Router:
     expert_scale: str | None = None
     further: Literal["identity", "zero"] | None = None
     linear: bool = True
+    epsilon: float | str = 0.0
+
+    def epsilon_of(self, router: nn.Module) -> float:
+        """Read the declaration off the router."""
+        return float(getattr(router, self.epsilon)) if isinstance(self.epsilon, str) else self.epsilon
 
     def is_renormalised(self, owners: Iterable[nn.Module]) -> bool:
         """Read the declaration off the first of ``owners`` (router, block) that has the attribute."""
@@ -51,25 +58,26 @@ class Router:
 def _cohere2(router: nn.Module) -> Router:
     if router.expert_selection_fn == "softmax":  # over the selected
         return Router("softmax", True)
-    return Router("sigmoid", "norm_topk_prob")
+    return _SIGMOID_WITHOUT_EPSILON
 
 
 def _by_activation(router: nn.Module) -> Router:
     name = type(router.score_fn).__name__
     scores = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrtsoftplus"}
-    return Router(scores.get(name, name), True)
+    return Router(scores.get(name, name), True, epsilon=1e-20)
 
 
 _SOFTMAX = Router("softmax", False)
 _SOFTMAX_RENORMALISED = Router("softmax", True)
 _SOFTMAX_CONFIGURED = Router("softmax", "norm_topk_prob")
 _SIGMOID_RENORMALISED = Router("sigmoid", True)
-_SIGMOID_CONFIGURED = Router("sigmoid", "norm_topk_prob")
+_SIGMOID_CONFIGURED = Router("sigmoid", "norm_topk_prob", epsilon=1e-20)
+_SIGMOID_WITHOUT_EPSILON = Router("sigmoid", "norm_topk_prob")
 
 ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "AXK1TopkRouter": _SIGMOID_CONFIGURED,
     "AXK2TopkRouter": _SIGMOID_CONFIGURED,
-    "AfmoeTokenChoiceRouter": _SIGMOID_RENORMALISED,
+    "AfmoeTokenChoiceRouter": Router("sigmoid", True, epsilon=1e-20),
     "AriaTextTopKRouter": _SOFTMAX_RENORMALISED,
     "BailingHybridTopkRouter": _SIGMOID_CONFIGURED,
     "BeamTopKRouter": _SIGMOID_CONFIGURED,
@@ -82,12 +90,12 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "DiffusionGemmaTextRouter": Router("softmax", True, expert_scale="per_expert_scale"),
     "Dots1TopkRouter": _SIGMOID_CONFIGURED,
     "Dots3NoteTextTopkRouter": _SIGMOID_CONFIGURED,
-    "Dots3NoteVisionTopKRouter": _SIGMOID_RENORMALISED,
-    "Ernie4_5_MoeTopKRouter": _SOFTMAX_RENORMALISED,
-    "Ernie4_5_VLMoeMoeTopKRouter": _SOFTMAX_RENORMALISED,
+    "Dots3NoteVisionTopKRouter": Router("sigmoid", True, epsilon=1e-20),
+    "Ernie4_5_MoeTopKRouter": Router("softmax", True, epsilon="norm_min"),
+    "Ernie4_5_VLMoeMoeTopKRouter": Router("softmax", True, epsilon="norm_min"),
     "ExaoneMoeTopkRouter": _SIGMOID_CONFIGURED,
     "FlexOlmoTopKRouter": _SOFTMAX_CONFIGURED,
-    "FlintTopKRouter": _SIGMOID_CONFIGURED,
+    "FlintTopKRouter": _SIGMOID_WITHOUT_EPSILON,
     "Gemma4TextRouter": Router("softmax", True, expert_scale="per_expert_scale"),
     "Glm4MoeLiteTopkRouter": _SIGMOID_CONFIGURED,
     "Glm4MoeTopkRouter": _SIGMOID_CONFIGURED,
@@ -99,27 +107,27 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "GraniteMoeSWATopKRouter": _SOFTMAX_RENORMALISED,
     "GraniteMoeSharedTopKRouter": _SOFTMAX_RENORMALISED,
     "GraniteMoeTopKRouter": _SOFTMAX_RENORMALISED,
-    "HYV3TopKRouter": _SIGMOID_RENORMALISED,
+    "HYV3TopKRouter": Router("sigmoid", True, epsilon=1e-20),
     "HYV4TopkRouter": _SIGMOID_CONFIGURED,
     "HunYuanMoEV1Gate": _SOFTMAX_RENORMALISED,
     "Inkling2TopKRouter": _by_activation,
     "JambaSparseMoeBlock": _SOFTMAX,
     "JambaTopKRouter": _SOFTMAX,
     "KimiLinearTopkRouter": _SIGMOID_CONFIGURED,
-    "Kolibri1TopKRouter": _SIGMOID_CONFIGURED,
+    "Kolibri1TopKRouter": _SIGMOID_WITHOUT_EPSILON,
     "LagunaTopKRouter": _SIGMOID_RENORMALISED,
-    "Lfm2MoeSparseMoeBlock": _SIGMOID_CONFIGURED,
-    "Lfm2MoeTopKRouter": _SIGMOID_CONFIGURED,
+    "Lfm2MoeSparseMoeBlock": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
+    "Lfm2MoeTopKRouter": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "LongcatFlashTopkRouter": Router("softmax", False, further="identity"),
     "MellumTopKRouter": _SOFTMAX_CONFIGURED,
     "MiMoV2FlashTopkRouter": _SIGMOID_CONFIGURED,
     "MiniMaxM2TopKRouter": _SIGMOID_RENORMALISED,
     "MiniMaxM3VLTopKRouter": _SIGMOID_RENORMALISED,
     "MiniMaxTopKRouter": _SOFTMAX_RENORMALISED,
-    "Mistral4TopkRouter": _SOFTMAX_CONFIGURED,
-    "MistralLarge4TextTopkRouter": _SOFTMAX_RENORMALISED,
+    "Mistral4TopkRouter": Router("softmax", "norm_topk_prob", epsilon=1e-20),
+    "MistralLarge4TextTopkRouter": Router("softmax", True, epsilon=1e-20),
     "MixtralTopKRouter": _SOFTMAX_RENORMALISED,
-    "MuseSparkTopkRouter": Router("sigmoid", True, linear=False),  # the product is scaled
+    "MuseSparkTopkRouter": Router("sigmoid", True, linear=False, epsilon="norm_topk_prob_eps"),  # the product is scaled
     "NemotronHTopkRouter": _SIGMOID_CONFIGURED,
     "OlmoeTopKRouter": _SOFTMAX_CONFIGURED,
     "OpenAIPrivacyFilterTopKRouter": _SOFTMAX_RENORMALISED,
@@ -142,12 +150,6 @@ CONVENTIONAL: dict[str, str] = {
     "DeepseekV4HashRouter": "it picks experts by token id, so an unselected expert's score can't change the selection",
 }
 """Routers of layers that train conventionally, as part of a model whose other layers don't, and why."""
-
-STACKED_WITHOUT_DECORATOR = ("LigerExperts", "LongcatFlashExperts", "Step3p7Experts")
-"""Experts laid out as the defaults of transformers' `use_experts_implementation` say, without being decorated by it.
-
-Liger puts its own in the place of a model's if it is applied before the model is made.
-"""
 
 _INLINE = "it computes its experts inline, without a module `experts` that DenseMixer could follow"
 _SEPARATE = (

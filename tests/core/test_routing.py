@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from densemixer_core import RoutingMismatchError, check_routing, router_scores, weight_per_score
+from densemixer_core import RoutingMismatchError, check_routing, router_scores, selection
 from densemixer_core.routing import are_probabilities
 
 
@@ -21,7 +21,7 @@ def test_the_factor_turns_scores_into_weights(score: str, renormalised: bool, dt
     logits, index, weights = route(score, renormalised, scaling=2.5, dtype=dtype)
     scores = router_scores(logits, score)
     assert scores.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    c = weight_per_score(scores, index, weights)
+    c = selection(scores, index, weights, renormalised).factor
     tolerance = max(1e-5, 2 * torch.finfo(dtype).eps)
     torch.testing.assert_close((c * scores).gather(1, index), weights.to(scores.dtype), rtol=tolerance, atol=tolerance)
     check_routing(scores, index, weights, renormalised)

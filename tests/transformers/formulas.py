@@ -27,7 +27,7 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def sqrtsoftplus(logits: Tensor) -> Tensor:
-    return (1 + logits.exp()).log().sqrt()
+    return logits.exp().log1p().sqrt()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +65,24 @@ GEMMA = Formula(softmax, True, logits=_gemma, expert_scale="per_expert_scale")
 
 # By the folder of the architecture; of one with several kinds of layers, the others by the name of their block's class.
 FORMULAS: dict[str, Formula] = {
-    "afmoe": Formula(torch.sigmoid, True, "route_scale", lambda router, x: F.linear(x, router.gate.weight)),
+    "afmoe": Formula(
+        torch.sigmoid, True, "route_scale", lambda router, x: F.linear(x, router.gate.weight), epsilon=1e-20
+    ),
     "aria": RENORMALISED,
     "axk1": DEEPSEEK_V3,
     "axk2": DEEPSEEK_V3,
     "bailing_hybrid": DEEPSEEK_V3,
-    "beam": Formula(torch.sigmoid, "norm_topk_prob"),  # scaled outside of the experts
+    "beam": Formula(torch.sigmoid, "norm_topk_prob", epsilon=1e-20),  # scaled outside of the experts
     "cohere2_moe": Formula(softmax, True),
     "deepseek_ocr2": DEEPSEEK_V2,
     "deepseek_v2": DEEPSEEK_V2,
     "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v32": DEEPSEEK_V3,
-    "deepseek_v4": Formula(sqrtsoftplus, True, "routed_scaling_factor"),
+    "deepseek_v4": Formula(sqrtsoftplus, True, "routed_scaling_factor", epsilon=1e-20),
     "diffusion_gemma": GEMMA,
     "dots1": DEEPSEEK_V3,
     "dots3_note": DEEPSEEK_V3,
-    "Dots3NoteVisionMoE": Formula(torch.sigmoid, True, "router_scaling_factor"),
+    "Dots3NoteVisionMoE": Formula(torch.sigmoid, True, "router_scaling_factor", epsilon=1e-20),
     "ernie4_5_moe": RENORMALISED,
     "ernie4_5_vl_moe": RENORMALISED,
     "exaone_moe": DEEPSEEK_V3,
@@ -98,9 +100,9 @@ FORMULAS: dict[str, Formula] = {
     "granitemoehybrid": RENORMALISED,
     "granitemoeshared": RENORMALISED,
     "hunyuan_v1_moe": Formula(softmax, True, logits=lambda router, x: F.linear(x, router.wg.weight)),
-    "hy_v3": Formula(torch.sigmoid, True, "router_scaling_factor"),
+    "hy_v3": Formula(torch.sigmoid, True, "router_scaling_factor", epsilon=1e-20),
     "hy_v4": DEEPSEEK_V3,
-    "inkling2": Formula(torch.sigmoid, True, "routed_scaling_factor"),
+    "inkling2": Formula(torch.sigmoid, True, "routed_scaling_factor", epsilon=1e-20),
     "jamba": SOFTMAX,
     "kimi_linear": DEEPSEEK_V3,
     "kolibri1": Formula(torch.sigmoid, "norm_topk_prob"),
@@ -118,8 +120,8 @@ FORMULAS: dict[str, Formula] = {
     "minimax": RENORMALISED,
     "minimax_m2": SIGMOID,
     "minimax_m3_vl": SIGMOID,
-    "mistral4": Formula(softmax, "norm_topk_prob", "routed_scaling_factor"),
-    "mistral_large4": Formula(softmax, True, "routed_scaling_factor"),
+    "mistral4": Formula(softmax, "norm_topk_prob", "routed_scaling_factor", epsilon=1e-20),
+    "mistral_large4": Formula(softmax, True, "routed_scaling_factor", epsilon=1e-20),
     "mixtral": RENORMALISED,
     "muse_spark": Formula(
         torch.sigmoid,

@@ -14,6 +14,7 @@ from sweep import refusal, step
 from torch import nn
 
 from densemixer_adapters import routers
+from densemixer_adapters.host_experts import STACKED_WITHOUT_DECORATOR
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
@@ -129,7 +130,7 @@ def test_the_models_reach_all_experts_and_all_declarations() -> None:
         classes = {parent.__name__ for model in built for module in model.modules() for parent in type(module).__mro__}
         assert architectures.experts_classes(folder) <= classes, folder
         reached |= classes
-    declared = {*routers.ROUTERS, *routers.CONVENTIONAL, *routers.REFUSED, *routers.STACKED_WITHOUT_DECORATOR}
+    declared = {*routers.ROUTERS, *routers.CONVENTIONAL, *routers.REFUSED, *STACKED_WITHOUT_DECORATOR}
     if transformers.__version__ == "5.5.4":
         assert reached >= ONLY_IN_OLDEST
     else:

@@ -77,11 +77,14 @@ def test_a_copy_of_the_model_trains_by_itself() -> None:
                 parameter.mul_(1.1)
         changed = gradients(copied)
         again = gradients(model)
+    alone = gradients(copied)
     name = "model.layers.0.mlp.gate.weight"
     assert not torch.equal(original[name], changed[name])
     assert torch.equal(original[name], again[name])
-    with_densemixer, without = changed, gradients(copied)
-    assert not torch.equal(with_densemixer[name], without[name])  # removed from the copy as well
+    assert torch.equal(changed[name], alone[name])  # what was removed is the original's
+    with apply_densemixer(copied):  # takes the place of what the copy brought along
+        assert torch.equal(changed[name], gradients(copied)[name])
+    assert not torch.equal(changed[name], gradients(copied)[name])
 
 
 def test_an_attached_model_can_be_pickled() -> None:

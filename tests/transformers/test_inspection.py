@@ -144,7 +144,9 @@ def test_options_count(large: Path) -> None:
     assert half.saved == whole.saved / 2
     assert estimate(model, 4096, DenseMixerConfig("conventional")).ratio() == 1
     centered = estimate(model, 4096, DenseMixerConfig("centered"))
-    assert centered.saved - whole.saved == 48 * (2048 * 4 + 4)
+    assert centered.saved - whole.saved == 48 * (8 * 4 + 4)
+    drawn = estimate(model, 4096, DenseMixerConfig("centered", budget=0.125))
+    assert drawn.saved - whole.saved == 48 * (2048 * 4 + 4)
 
 
 @pytest.mark.parametrize("command", ["inspect", "cost"])

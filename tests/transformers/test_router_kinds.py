@@ -19,6 +19,7 @@ from sweep import step
 from torch import Tensor, nn
 
 from densemixer_adapters import routers
+from densemixer_adapters.layer import Forward
 from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer
 from densemixer_core import RoutingMismatchError
 
@@ -28,6 +29,7 @@ class Seen:
     """One layer in one step; all but ``index`` in float64, [tokens, ...]."""
 
     layer: DenseMixerLayer
+    model: nn.Module  # alive as long as its layer is looked at
     x: Tensor
     index: Tensor
     weights: Tensor
@@ -54,20 +56,21 @@ def train(model: nn.Module) -> tuple[list[Seen], dict[str, Tensor]]:
     records: list[dict[str, Any]] = []
 
     def record(layer: DenseMixerLayer) -> dict[str, Any]:
-        seen: dict[str, Any] = {"layer": layer}
+        seen: dict[str, Any] = {"layer": layer, "model": model}
 
-        def observe(scores: Tensor, x: Tensor) -> Tensor:
+        def observe(forward: Forward, output: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+            assert scores is not None
             seen["scores"] = scores.detach()
             tap = scores.view_as(scores)
             tap.register_hook(lambda gradient: seen.update(extra=gradient))
-            return tap
+            return output, tap
 
         def after(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             x, seen["index"], weights = args
             seen["x"], seen["weights"] = x.detach().reshape(-1, x.shape[-1]), weights.detach()
             output.register_hook(lambda gradient: seen.update(g=gradient.reshape(-1, gradient.shape[-1])))
 
-        layer.observe = observe
+        layer.observer = observe
         layer.experts.register_forward_hook(after)
         return seen
 

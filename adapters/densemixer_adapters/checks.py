@@ -1,0 +1,72 @@
+"""Whether a layer is what DenseMixer takes it for: its routing, and its experts' output, on the tokens at hand.
+
+The gradient follows from what `densemixer_adapters.routers` declares of the router, and from the experts' weights. Both
+are compared with what the layer really did: in its first training forward with tokens, in the first one after somebody
+changed its hooks, wrappers or forwards, and now and then in between, for what can't be seen to change.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from densemixer_core import StackedExperts, routed_output
+
+EVERY = 64
+"""How many training forwards of a layer go by between two checks. One waits for the device, and evaluates the selected
+experts of `TOKENS` tokens."""
+
+TOKENS = 4
+
+
+class OutputMismatchError(RuntimeError):
+    """A layer's experts return something else than the weighted sum of what their weights compute."""
+
+
+def signature(*modules: nn.Module) -> tuple[Any, ...]:
+    """What changes when somebody hooks into one of these modules, or replaces its class or its forward."""
+    return tuple(
+        (type(module), id(vars(module).get("forward")), *module._forward_pre_hooks, *module._forward_hooks)
+        for module in modules
+    )
+
+
+def draws_at_random(experts: nn.Module) -> bool:
+    """Whether the experts' output is random: dropout within them is at work."""
+    return any(isinstance(module, _DropoutNd) and module.training and module.p for module in experts.modules())
+
+
+def check_output(
+    output: Tensor, x: Tensor, index: Tensor, weights: Tensor, experts: StackedExperts, dtype: torch.dtype
+) -> None:
+    """Compare the output of a few tokens with Σ_selected w_j E_j(x). Synchronises with the device.
+
+    Args:
+        output: What the experts returned, [tokens, hidden].
+        x, index, weights, experts: As in `densemixer_core.routed_output`.
+        dtype: The dtype in which the host computes.
+
+    Raises:
+        OutputMismatchError: They differ by more than rounding can explain.
+    """
+    rows = torch.linspace(0, len(x) - 1, min(TOKENS, len(x)), device=x.device).long()
+    with torch.autocast(x.device.type, enabled=False):
+        expected, size = routed_output(x[rows], index[rows], weights[rows], experts)
+    found = output[rows].to(expected.dtype)
+    off = torch.linalg.vector_norm(found - expected, dim=-1)
+    # A dozen roundings of each number, and for float32 what TF32 does to it.
+    rounding = 16 * max(torch.finfo(kind).eps for kind in (dtype, x.dtype, output.dtype))
+    allowed = max(1e-2, rounding) * size
+    # What isn't finite, or is nothing at all, says nothing.
+    telling = off.isfinite() & (size > 0)
+    if not bool((telling & (off > allowed)).any().item()):
+        return
+    found, expected = found[telling], expected[telling]
+    share = ((off / size)[telling].max()).item()
+    factor = ((found * expected).sum() / expected.square().sum()).item()
+    rest = (torch.linalg.vector_norm(found - factor * expected) / torch.linalg.vector_norm(found)).item()
+    how = f"it is {factor:.3g} times that" if rest < 0.1 else f"it is off by {100 * share:.2g} % of its size"
+    raise OutputMismatchError(f"their output isn't the sum of w_j·E_j(x) over the selected experts: {how}")
