@@ -130,25 +130,30 @@ def check_routing(
     renormalised: bool,
     epsilon: float = 0.0,
     scale: Tensor | None = None,
-) -> None:
+) -> bool:
     """Compare a router's declaration with the weights that its layer really used. Synchronises with the device.
 
-    Tokens whose scores or weights are not finite, or all zero, say nothing, and neither does a batch without tokens.
+    Tokens whose scores or weights are not finite, all zero, or below the smallest normal number of their dtype, say
+    nothing, and neither does a batch without tokens.
 
     Args:
         scores, index, weights, renormalised, epsilon, scale: As in `selection`.
+
+    Returns:
+        Whether any token has said something.
 
     Raises:
         RoutingMismatchError: The weights are not proportional to the scores of their token, or (for more than one
             token) renormalised weights do not sum to the same for all tokens, or weights without renormalisation are
             not the same multiple of the score for all tokens.
     """
-    tolerance = _tolerance(weights.dtype)
+    tolerance, smallest = _tolerance(weights.dtype), torch.finfo(weights.dtype).tiny
     weights = weights.detach().to(scores.dtype)
     selected, factor, total = selection(scores, index, weights, renormalised, epsilon, scale)
     unit = selected if scale is None else selected * scale.detach().to(selected.dtype)[index]
     size = weights.abs().amax(-1)
-    telling = ((size > 0) & (unit.abs().amax(-1) > 0) & size.isfinite() & factor.isfinite().squeeze(-1)).unsqueeze(-1)
+    some = (size > 0) & (selected.amax(-1) >= smallest) & (unit.abs().amax(-1) > 0)
+    telling = (some & size.isfinite() & factor.isfinite().squeeze(-1)).unsqueeze(-1)
     error = torch.where(telling, (weights - factor * unit).abs() - tolerance * size.unsqueeze(-1), 0.0)
     if bool((error > 0).any().item()):
         raise RoutingMismatchError("its weights are not proportional to those scores")
@@ -157,6 +162,7 @@ def check_routing(
         what = "their sum" if renormalised else "their ratio to the scores"
         declared = "renormalised" if renormalised else "not renormalised"
         raise RoutingMismatchError(f"its weights are declared to be {declared}, but {what} differs between tokens")
+    return constant.numel() > 0
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -375,12 +375,15 @@ class DenseMixerLayer:
         probabilities = are_probabilities(raw) if self._spec.score == "softmax" else False
         if probabilities is None:  # nothing but what isn't a number
             return
+        self._probabilities = probabilities
         if stacked is not None:
             scores = self._scores(raw, probabilities)
             routed = _with_experts_of_none(stacked, scores, index, weights)
             scale = stacked.weights.scale
             try:
-                check_routing(scores, *routed, self._is_renormalised(call.block), self._spec.epsilon_of(router), scale)
+                told = check_routing(
+                    scores, *routed, self._is_renormalised(call.block), self._spec.epsilon_of(router), scale
+                )
             except RoutingMismatchError as error:
                 raise RoutingMismatchError(
                     f"{self.router_name} ({type(router).__name__}): DenseMixer takes its scores to be "
@@ -388,7 +391,9 @@ class DenseMixerLayer:
                     "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
                 ) from None
             self._check_output(call, stacked, x, index, weights, output)
-        self._probabilities, self._signature, self._until_check = probabilities, call.signature, EVERY
+            if not told:
+                return
+        self._signature, self._until_check = call.signature, EVERY
 
     def _check_output(
         self, call: Call, stacked: StackedExperts, x: Tensor, index: Tensor, weights: Tensor, output: Tensor

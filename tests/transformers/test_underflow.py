@@ -79,6 +79,8 @@ def test_some_tokens_among_others(folder: str, estimator: str, when: str) -> Non
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_half_precision_stays_finite(folder: str, estimator: str, dtype: torch.dtype) -> None:
+    if folder == "lfm2_moe" and dtype == torch.float16:
+        pytest.skip("the host's own gradient of the scores, 1 / 1e-6, is not finite there")
     layer = Single(folder)
     low = [*LEVELS[FORMULAS[folder].epsilon], *VANISHING]
     layer.model.to(dtype)
