@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from blocks import ESTIMATORS, KINDS, block_gradients, block_of, block_truth, data, selected
+from failures import FAILURES, fail_after_experts, fail_after_router, fail_in_experts, failing
 from families import FAMILIES, tokens
 from living import living_bytes, peak_bytes
 from lora import assert_close, wrapped
@@ -107,53 +108,6 @@ def test_a_forward_whose_loss_is_dropped(family: str) -> None:
             assert living_bytes(lambda: forward(model) and None) == 0  # noqa: B023
 
 
-Stop = Callable[..., None]
-
-
-def fail_in_router(block: Any, router: nn.Module, stop: Stop) -> Any:
-    return router.register_forward_pre_hook(stop)
-
-
-def fail_after_router(block: Any, router: nn.Module, stop: Stop) -> Any:
-    return router.register_forward_hook(stop)
-
-
-def fail_in_experts(block: Any, router: nn.Module, stop: Stop) -> Any:
-    return block.experts.register_forward_pre_hook(stop)
-
-
-def fail_after_experts(block: Any, router: nn.Module, stop: Stop) -> Any:
-    return block.experts.register_forward_hook(stop)
-
-
-def fail_after_block(block: Any, router: nn.Module, stop: Stop) -> Any:
-    return block.register_forward_hook(stop)
-
-
-FAILURES = [fail_in_router, fail_after_router, fail_in_experts, fail_after_experts, fail_after_block]
-
-
-@contextlib.contextmanager
-def failing(
-    family: str, model: nn.Module, fail: Callable[..., Any], error: type[BaseException] = torch.OutOfMemoryError
-) -> Iterator[None]:
-    """The third layer fails, where ``fail`` says. The error doesn't leave this, but there must be one."""
-
-    def stop(*args: Any) -> None:
-        raise error
-
-    block = FAMILIES[family].blocks(model)[2]
-    hook = fail(block, getattr(block, FAMILIES[family].router), stop)
-    try:
-        yield
-    except error:
-        pass
-    else:
-        raise AssertionError("nothing failed")
-    finally:
-        hook.remove()
-
-
 @pytest.mark.parametrize("how", CHECKPOINTING)
 @pytest.mark.parametrize("fail", FAILURES, ids=lambda fail: fail.__name__)
 @pytest.mark.parametrize(("family", "estimator"), [("qwen3_moe", "densemixer"), ("deepseek_v3", "centered")])
@@ -161,7 +115,7 @@ def test_nothing_lives_after_a_failure(family: str, estimator: str, fail: Any, h
     model = checkpointed(full(family), how)
 
     def attempt() -> None:
-        with failing(family, model, fail):
+        with failing(FAMILIES[family], model, fail):
             step(model)
 
     with apply_densemixer(model, DenseMixerConfig(estimator)):
@@ -176,7 +130,7 @@ def test_nothing_lives_after_a_failure_in_the_recomputation(how: str, fail: Any)
 
     def attempt() -> None:
         loss = loss_of(model, tokens(4, 32))
-        with failing("qwen3_moe", model, fail):
+        with failing(FAMILIES["qwen3_moe"], model, fail):
             loss.backward()
         model.zero_grad(set_to_none=True)
 
@@ -201,7 +155,7 @@ def test_a_smaller_batch_after_a_failure(family: str, estimator: str, fail: Any)
     with Float64():
         truth = gradients(of.oracle(model, indices, estimator))
     with apply_densemixer(model, DenseMixerConfig(estimator)):
-        with failing(family, model, fail):
+        with failing(of, model, fail):
             step(model)
         for _ in range(2):
             assert_close(gradients(model), truth)
@@ -213,7 +167,7 @@ def test_an_interrupt(fail: Any) -> None:
     model = full("qwen3_moe")
 
     def stopped_and_then_a_step() -> None:
-        with failing("qwen3_moe", model, fail, KeyboardInterrupt):
+        with failing(FAMILIES["qwen3_moe"], model, fail, KeyboardInterrupt):
             step(model)
         step(model)
 
@@ -224,6 +178,25 @@ def test_an_interrupt(fail: Any) -> None:
     fresh = full("qwen3_moe")
     with apply_densemixer(fresh):
         assert_close(ours, gradients(fresh), 0)
+
+
+@pytest.mark.parametrize("fail", FAILURES, ids=lambda fail: fail.__name__)
+def test_an_evaluation_after_an_interrupt(fail: Any) -> None:
+    of, model = FAMILIES["qwen3_moe"], full("qwen3_moe")
+    ids = tokens(4, 32)
+    with torch.no_grad():
+        expected = loss_of(model, ids)
+    with apply_densemixer(model):
+        with failing(of, model, fail, KeyboardInterrupt):
+            step(model)
+        for _ in range(2):
+            with torch.no_grad():
+                assert torch.equal(loss_of(model, ids), expected)
+        with failing(of, model, fail, KeyboardInterrupt):
+            step(model)
+        with torch.no_grad(), failing(of, model, fail):
+            loss_of(model, ids)
+        step(model)
 
 
 @pytest.mark.parametrize("family", KINDS)
