@@ -119,19 +119,17 @@ class Touched:
                 parameter.mul_(1.5 - 0.2 * number)
 
     def truth(self, estimator: str) -> dict[str, Tensor]:
-        """The selected experts are those of the forward, the others those that the backward finds. It touches, too."""
+        """The host's part is that of the forward's weights, ours that of those that the backward finds. It touches."""
         index = selected(self.block, self.x)
         dense = copy.deepcopy(self.block).double()
-        before = self.family.formula(dense).experts
+        before = self.family.formula(copy.deepcopy(dense))
         self.touch()
-        touched = copy.deepcopy(self.block).double()
-        formula = self.family.formula(touched)
-        chosen = torch.zeros(len(index), len(before), dtype=torch.bool).scatter(1, index, True)
-        for j, (old, new) in enumerate(zip(before, formula.experts, strict=True)):
-            column = chosen[:, j, None]
-            formula.experts[j] = lambda x, old=old, new=new, column=column: torch.where(column, old(x), new(x))
+        after = self.family.formula(copy.deepcopy(self.block).double())
         x = self.x.reshape(-1, 64).double()
-        y = oracle.densemixer(x, self.family.logits(dense, x), index, formula, estimator)
+        logits = self.family.logits(dense, x)
+        y = oracle.densemixer(x, logits, index, before, "conventional")
+        y = y + oracle.densemixer(x, logits, index, after, estimator)
+        y = y - oracle.densemixer(x, logits, index, after, "conventional")
         y.backward(self.g.reshape(-1, 64).double())
         router = f"{self.family.router}."
         return {name: gradient for name, gradient in collected(dense).items() if name.startswith(router)}
