@@ -393,7 +393,7 @@ class DenseMixerLayer:
             self._check_output(call, stacked, x, index, weights, output)
             if not told:
                 return
-        self._signature, self._until_check = call.signature, EVERY
+        self._signature, self._until_check = call.signature, EVERY - 1
 
     def _check_output(
         self, call: Call, stacked: StackedExperts, x: Tensor, index: Tensor, weights: Tensor, output: Tensor

@@ -45,7 +45,9 @@ def assert_exact(family: Family, model: nn.Module, estimator: str) -> None:
     plain.load_state_dict(model.state_dict())
     for mine, theirs in zip(plain.parameters(), model.parameters(), strict=True):
         mine.requires_grad_(theirs.requires_grad)
-    assert_close(ours, gradients(family.oracle(plain, indices, estimator)), 3e-5)  # weights grow, and rounding with them
+    assert_close(
+        ours, gradients(family.oracle(plain, indices, estimator)), 3e-5
+    )  # weights grow, and rounding with them
 
 
 def by_deepcopy(model: nn.Module) -> nn.Module:
