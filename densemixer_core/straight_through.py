@@ -99,7 +99,7 @@ def straight_through(
     """
     if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad) or not len(index):
         return output
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(output).tangent is not None:
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(output).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError(
             "DenseMixer has no forward-mode derivative: a straight-through estimate exists in the backward alone. Use "
             "torch.autograd in reverse mode, or call handle.remove() first."

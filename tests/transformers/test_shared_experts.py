@@ -10,7 +10,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from blocks import ESTIMATORS, KINDS, block_of, collected, data, selected, tensor_of
+from blocks import KINDS, block_of, collected, data, selected, tensor_of
 from families import FAMILIES, Family
 from lora import assert_close
 from oracle import Float64
