@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import packaging
 import pytest
 from installs import Environment
+
+from densemixer_adapters.doctor import Check, check_environment
 
 pytest.importorskip("typer", reason="needs typer, which the package requires; install it with pip")
 
@@ -185,3 +188,65 @@ def test_setup_says_why_it_cannot(own_target: Environment) -> None:
     error = refusal()
     assert f"can't write {own_target.packages / 'densemixer-setup.pth'}" in error
     assert "densemixer run -- COMMAND" in error
+
+
+ENVIRONMENTS: dict[str, tuple[dict[str, str], str, str, str]] = {
+    "nothing": ({}, "ok", "no variable of DenseMixer is set", ""),
+    "on": (
+        {"DENSEMIXER_ENABLED": "1", "DENSEMIXER_BUDGET": "0.5"},
+        "ok",
+        "DENSEMIXER_BUDGET=0.5, DENSEMIXER_ENABLED=1",
+        "",
+    ),
+    "off": ({"DENSEMIXER_ENABLED": "0"}, "ok", "DENSEMIXER_ENABLED=0", ""),
+    "the hook alone": ({"DENSEMIXER_BOOT": "1"}, "ok", "DENSEMIXER_BOOT=1", ""),
+    "no effect": (
+        {"DENSEMIXER_ESTIMATOR": "centered"},
+        "note",
+        "DENSEMIXER_ESTIMATOR=centered: no effect without DENSEMIXER_ENABLED=1",
+        "export DENSEMIXER_ENABLED=1",
+    ),
+    "empty": (
+        {"DENSEMIXER_ENABLED": " "},
+        "note",
+        "DENSEMIXER_ENABLED is set, but empty, and so switches nothing on",
+        "export DENSEMIXER_ENABLED=1, or unset it",
+    ),
+}
+WRONG = {
+    "DENSEMIXER_ESTIMATER": ("centered", "DENSEMIXER_ESTIMATER (did you mean DENSEMIXER_ESTIMATOR?)"),
+    "DENSEMIXER_ENABLED": ("maybe", "environment variable DENSEMIXER_ENABLED='maybe': must be 1 or 0"),
+    "DENSEMIXER_BOOT": ("flase", "environment variable DENSEMIXER_BOOT='flase': must be 1 or 0"),
+    "DENSEMIXER_QWEN3": ("no way", "environment variable DENSEMIXER_QWEN3='no way': must be 1 or 0"),
+    "DENSEMIXER_BUDGET": ("2", "environment variable DENSEMIXER_BUDGET='2': budget must be above 0"),
+    "DENSEMIXER_LOG_LEVEL": ("loud", "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of"),
+    "DENSEMIXER_MODELS": ("qwen-3", "environment variable DENSEMIXER_MODELS: qwen-3: no such model type"),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_doctor_reads_the_environment(case: str) -> None:
+    variables, state, detail, fix = ENVIRONMENTS[case]
+    assert list(check_environment({"PATH": "/bin", **variables})) == [Check("environment", state, detail, fix)]
+
+
+@pytest.mark.parametrize("variable", WRONG)
+@pytest.mark.parametrize("switch", [{}, {"DENSEMIXER_ENABLED": "1"}])
+def test_doctor_says_what_is_wrong_in_the_environment(variable: str, switch: dict[str, str]) -> None:
+    value, message = WRONG[variable]
+    (check,) = check_environment({**switch, variable: value})
+    assert (check.state, check.fix) == ("problem", "correct or unset it")
+    assert message in check.detail
+
+
+def test_a_wrong_environment_is_a_problem_of_the_report(full: Environment) -> None:
+    status, checks = report(full, DENSEMIXER_ESTIMATER="centered")
+    assert status == 1
+    assert WRONG["DENSEMIXER_ESTIMATER"][1] in checks["environment"]["detail"]
+
+
+def test_values_cannot_be_checked_without_torch(bare: Environment, tmp_path: Path) -> None:
+    (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
+    code = "import os; from densemixer_adapters import doctor; print(*doctor.check_environment(os.environ))"
+    done = bare.run(bare.python, "-c", code, PYTHONPATH=str(tmp_path), DENSEMIXER_BUDGET="2")
+    assert "DENSEMIXER_BUDGET: can't be checked (No module named 'torch')" in done.stdout, done.stderr

@@ -95,7 +95,9 @@ def test_variables_that_are_no_options_are_known() -> None:
     names = ("BOOT", "ENABLED", "LOG_LEVEL", "MODELS", "OLMOE", "QWEN2", "QWEN3")
     environ = {f"DENSEMIXER_{name}": "0" for name in names}
     assert DenseMixerConfig.from_environment({**environ, "DENSE": "", "densemixer_budget": "9"}) == DenseMixerConfig()
-    with pytest.raises(ValueError, match=r"DENSEMIXER_A, DENSEMIXER_MODEL \(did you mean DENSEMIXER_MODELS\?\); known:"):
+    with pytest.raises(
+        ValueError, match=r"DENSEMIXER_A, DENSEMIXER_MODEL \(did you mean DENSEMIXER_MODELS\?\); known:"
+    ):
         DenseMixerConfig.from_environment({**environ, "DENSEMIXER_MODEL": "", "DENSEMIXER_A": ""})
 
 
