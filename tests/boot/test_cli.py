@@ -99,7 +99,7 @@ def test_run_reaches_child_processes_where_pth_files_do_not_run(target: Environm
         assert (done.stdout.split(), done.stderr) == (["True"], "")
 
 
-@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": "0"}])
+@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": ""}, {"DENSEMIXER_ENABLED": "0"}])
 def test_run_enables_densemixer_unless_told_otherwise(target: Environment, variables: dict[str, str]) -> None:
     path = str(target.folder / "target")
     code = (
@@ -107,7 +107,8 @@ def test_run_enables_densemixer_unless_told_otherwise(target: Environment, varia
         "print(os.environ['DENSEMIXER_ENABLED'], 'transformers.modeling_utils' in _boot.PATCHES)"
     )
     done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path, **variables)
-    assert done.stdout == ("0 False\n" if variables else "1 True\n"), done.stderr
+    off = variables.get("DENSEMIXER_ENABLED") == "0"
+    assert done.stdout == ("0 False\n" if off else "1 True\n"), done.stderr
 
 
 def test_run_keeps_a_sitecustomize_that_was_there(target: Environment, tmp_path: Path) -> None:
@@ -116,6 +117,44 @@ def test_run_keeps_a_sitecustomize_that_was_there(target: Environment, tmp_path:
     code = f"import sitecustomize; print(sitecustomize.THEIRS, sitecustomize.__file__); {LIVE}"
     done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path)
     assert done.stdout == f"1 {tmp_path / 'sitecustomize.py'}\nTrue\n"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_run_leaves_a_python_without_the_package_as_it_is(full: Environment, tmp_path: Path, own: bool) -> None:
+    """With a `sitecustomize` of its own, or the one that every Python here has, if any."""
+    other = Environment.create(tmp_path / "other")
+    if own:
+        (other.packages / "sitecustomize.py").write_text("THEIRS = 1\n")
+    code = (
+        "import sys; found = sys.modules.get('sitecustomize'); "
+        "print(getattr(found, 'THEIRS', None), *[name for name in sys.modules if 'densemixer' in name])"
+    )
+    done = full.run(full.python, *RUN, other.python, "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n" if own else "None\n", "")
+
+
+def test_run_has_the_shell_run_a_script_without_a_first_line(full: Environment, tmp_path: Path) -> None:
+    script = tmp_path / "train"
+    script.write_text('echo "$DENSEMIXER_ENABLED" "$0" "$1" "$2"; exit 5\n')
+    script.chmod(0o755)
+    for name in (script, "train"):
+        path = f"{tmp_path}:{full.scripts}"
+        done = full.run(full.python, *RUN, name, "--json", "a b", PATH=path)
+        assert (done.returncode, done.stdout) == (5, f"1 {script} --json a b\n"), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["not executable", "a folder", "no interpreter"])
+def test_run_says_what_cannot_be_executed(full: Environment, tmp_path: Path, kind: str) -> None:
+    script = tmp_path / "train"
+    if kind == "a folder":
+        script.mkdir()
+    else:
+        script.write_text("#!/no/such/interpreter\n")
+        script.chmod(0o755 if kind == "no interpreter" else 0o644)
+    done = full.run(full.python, *RUN, script)
+    assert (done.returncode, done.stdout) == (126, "")
+    assert done.stderr.startswith(f"densemixer run: cannot execute: {script}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_run_passes_arguments_and_the_exit_status_on(full: Environment) -> None:

@@ -108,7 +108,9 @@ def test_both_switched_on(both: Environment, original: Path, tmp_path: Path) -> 
 
     done = both.run(both.python, "-c", MODEL + LOAD, **users, DENSEMIXER_ENABLED="1")
     assert done.returncode == 0, done.stderr
-    assert (done.stdout + done.stderr).count("DENSEMIXER_ENABLED=1 switches on both densemixer-adapters and the original package") == 1
+    assert (done.stdout + done.stderr).count(
+        "DENSEMIXER_ENABLED=1 switches on both densemixer-adapters and the original package"
+    ) == 1
     *refused, last = results(done.stdout)
     blocks = ("Qwen3MoeSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "OlmoeSparseMoeBlock")
     for result, block in zip(refused, blocks, strict=True):
