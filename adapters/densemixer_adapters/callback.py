@@ -153,8 +153,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         self._last_step = state.global_step
         self._due = self._metrics.measure()
         for name, value in self._due.items():
-            point = state.global_step - self._first_step, value
-            self._curves.setdefault(name.removeprefix(PREFIX), []).append(point)
+            if "/" not in (metric := name.removeprefix(PREFIX)):  # over all layers
+                self._curves.setdefault(metric, []).append((state.global_step - self._first_step, value))
 
 
 def patch_trainer(module: Any) -> None:

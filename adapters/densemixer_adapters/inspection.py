@@ -103,9 +103,12 @@ def build_empty(path: str) -> Any:
         PreTrainedConfig,
     )
 
-    found, _ = PreTrainedConfig.get_config_dict(path)
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(path)
+    except (TypeError, AttributeError):  # what versions of transformers make of a number or a list there
+        found = None
     if not isinstance(found, dict):
-        raise ValueError(f"config.json is no object, but {type(found).__name__}")
+        raise ValueError("config.json is no JSON object")
     if "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
             f"transformers doesn't know its model type {found.get('model_type')!r}, and code that comes with a "

@@ -112,9 +112,10 @@ SMALL = {
 }
 RED = "\x1b[31mred"
 BAD: dict[str, tuple[Any, str]] = {
-    "a number": (42, "TypeError"),
-    "null": (None, "TypeError"),
-    "a list": ([1], "config.json is no object, but list"),
+    "a number": (42, "config.json is no JSON object"),
+    "a string": ("text", "config.json is no JSON object"),
+    "null": (None, "config.json is no JSON object"),
+    "a list": ([1], "config.json is no JSON object"),
     "no model type": ({"hidden_size": 1}, "Should have a `model_type` key"),
     "an unknown model type": ({"model_type": RED}, "model type `?[31mred`"),
     "a string for a number": ({"num_attention_heads": "four"}, "expected int, got str"),
