@@ -35,6 +35,7 @@ PATCHES = {
 """The exact name of a module, and the function that patches it."""
 
 PATCHES_IF_ENABLED = {
+    "densemixer.patching": "densemixer_adapters.original:warn_of_patches",
     "transformers.modeling_utils": "densemixer_adapters.environment:patch_modeling_utils",
     "transformers.trainer": "densemixer_adapters.callback:patch_trainer",
 }

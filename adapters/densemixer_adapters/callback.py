@@ -35,7 +35,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
     def __init__(self) -> None:
         self._metrics: RouterMetrics | None = None
         self._due: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._curves: dict[str, list[tuple[int, float]]] = {}
+        self._first_step = 0
         self._last_step = -1
         self._original_log: Any = None
 
@@ -60,7 +61,7 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
                 "measure. Call apply_densemixer(model) before Trainer.train, or leave the callback out."
             )
         self._metrics = RouterMetrics(layers, model)
-        self._last, self._last_step = {}, -1
+        self._curves, self._first_step, self._last_step = {}, state.global_step, -1
         self._original_log = Trainer.log
         Trainer.log = _with_metrics(Trainer.log)
 
@@ -127,8 +128,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         """Warn if DenseMixer has done nothing, and stop watching."""
         if self._last_step < state.global_step:
             self._measure(state)
-        verdict = judge({name.removeprefix(PREFIX): value for name, value in self._last.items()})
-        if state.is_world_process_zero and self._last and not verdict.works:
+        verdict = judge(self._curves)
+        if state.is_world_process_zero and verdict.works is False:
             logger.warning("%s.", verdict.text)
         self.close()
 
@@ -150,7 +151,10 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         if self._metrics is None or self._last_step == state.global_step:
             return
         self._last_step = state.global_step
-        self._last = self._due = self._metrics.measure()
+        self._due = self._metrics.measure()
+        for name, value in self._due.items():
+            if "/" not in (metric := name.removeprefix(PREFIX)):  # over all layers
+                self._curves.setdefault(metric, []).append((state.global_step - self._first_step, value))
 
 
 def patch_trainer(module: Any) -> None:

@@ -14,6 +14,8 @@ DenseMixer, and where it says no.
 ``DENSEMIXER_ESTIMATOR``  and so on: a field of `densemixer_core.DenseMixerConfig` each
 ``DENSEMIXER_LOG_LEVEL``  the level of the logger ``densemixer``, e.g. ``warning``
 ========================  ==========================================================================================
+
+Where it is on, any other name that begins with ``DENSEMIXER_`` is an error: it would be a misspelt one.
 """
 
 from __future__ import annotations
@@ -73,12 +75,15 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
-    """Read all variables.
+    """Read all variables; where DenseMixer is off, no other one counts.
 
     Raises:
-        ValueError: A variable's value is wrong. The message names the variable.
+        ValueError: A variable's value is wrong, or its name. The message names the variable.
     """
     environ = os.environ if environ is None else environ
+    if not read_switch(environ, ENABLED, False):
+        return Settings(False, None, frozenset(), DenseMixerConfig(), None)
+    config = DenseMixerConfig.from_environment(environ)
     named = {name.strip() for name in environ.get(MODELS, "").split(",")} - {""}
     if unknown := named - known_model_types():
         raise ValueError(f"environment variable {MODELS}: {', '.join(sorted(unknown))}: no such model type")
@@ -86,12 +91,27 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if level not in (None, *LEVELS):
         raise ValueError(f"environment variable {LOG_LEVEL}={environ[LOG_LEVEL]!r}: must be one of {', '.join(LEVELS)}")
     return Settings(
-        enabled=_flag(environ, ENABLED, False),
+        enabled=True,
         only=frozenset(named) if named else None,
-        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not _flag(environ, name, True)),
-        config=DenseMixerConfig.from_environment(environ),
+        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not read_switch(environ, name, True)),
+        config=config,
         log_level=level,
     )
+
+
+def read_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    """Whether a variable is on; an empty one is off.
+
+    Raises:
+        ValueError: It is no word for on or off. The message names the variable.
+    """
+    text = environ.get(name)
+    if text is None:
+        return default
+    try:
+        return bool(text.strip()) and read_flag(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {name}={text!r}: {error}") from None
 
 
 def known_model_types() -> set[str]:
@@ -157,13 +177,3 @@ def detach(model: nn.Module) -> None:
     for layer in attached_layers(model):
         if layer.handle is not None and layer.handle.gives_way:
             layer.handle.remove()
-
-
-def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
-    text = environ.get(name)
-    if text is None:
-        return default
-    try:
-        return bool(text.strip()) and read_flag(text)
-    except ValueError as error:
-        raise ValueError(f"environment variable {name}={text!r}: {error}") from None

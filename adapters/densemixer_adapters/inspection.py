@@ -28,6 +28,9 @@ from torch import nn
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig
 
+TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts")
+"""What routers, blocks and configurations call the number of experts that a token goes through."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -86,19 +89,47 @@ class Cost:
 def build_empty(path: str) -> Any:
     """The language model of a checkpoint's folder or hub id, on the meta device.
 
-    Raises:
-        OSError: There is no configuration.
-        ValueError: transformers doesn't know the model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    Runs no code of the checkpoint's, and loads no kernels that its configuration names.
 
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    Raises:
+        ValueError: It is no configuration, or of a model that transformers itself doesn't know.
+        Exception: Whatever transformers raises for a value that it can't use.
+    """
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        PreTrainedConfig,
+    )
+
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(path)
+    except (TypeError, AttributeError):  # what versions of transformers make of a number or a list there
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("config.json is no JSON object")
+    if "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers doesn't know its model type {found.get('model_type')!r}, and code that comes with a "
+            "checkpoint isn't run here"
+        )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"transformers has no AutoModelForCausalLM of {config.model_type!r}, and no other class is read"
+        )
+    config._attn_implementation = config._experts_implementation = "eager"
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def inspect_model(model: Any) -> Report:
-    """Look at a model, which may be on the meta device."""
+    """Look at a model, which may be on the meta device.
+
+    Raises:
+        ValueError: A token goes through none of its experts, or through more than there are.
+    """
     name, model_type = type(model).__name__, model.config.model_type
     try:
         layers = _layers(model)
@@ -126,7 +157,8 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
 
     Raises:
         UnsupportedModelError: DenseMixer can't train it.
-        ValueError: The options select layers that it doesn't have.
+        ValueError: The options select layers that it doesn't have, or a token goes through none of its experts, or
+            through more than there are.
     """
     options = config or DenseMixerConfig()
     share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
@@ -149,12 +181,18 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
 
 
 def selected(model: Any, layer: DenseMixerLayer) -> int:
-    """How many experts a token of a layer goes through."""
-    for owner in (layer.router, layer.block):
-        for name in ("top_k", "num_experts_per_tok"):
-            if isinstance(value := getattr(owner, name, None), int):
-                return value
-    return int(model.config.get_text_config().num_experts_per_tok)
+    """How many experts a token of a layer goes through.
+
+    Raises:
+        ValueError: None, or more than there are.
+    """
+    experts = layer.matrices[0][0]
+    owners = (layer.router, layer.block, model.config.get_text_config())
+    named = (getattr(owner, name, None) for owner in owners for name in TOP_K)
+    count = next((value for value in named if isinstance(value, int)), 0)
+    if not 0 < count <= experts:
+        raise ValueError(f"{layer.name}: a token goes through {count} of {experts} experts")
+    return count
 
 
 def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
@@ -164,6 +202,11 @@ def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[De
 
 def _attention(model: Any, sequence: int) -> float:
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return float(config.num_hidden_layers * 4 * (sequence / 2) * heads * head_dim)
+    # Where layers differ in their heads, the configuration has one of its own for each.
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    operations = 0.0
+    for layer in layers:
+        heads = layer.num_attention_heads
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        operations += 4 * (sequence / 2) * heads * head_dim
+    return operations

@@ -101,6 +101,10 @@ WRONG: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "environment variable DENSEMIXER_METRICS='maybe': must be 1 or 0": ("qwen3", {"DENSEMIXER_METRICS": "maybe"}),
     "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of": ("qwen3", {"DENSEMIXER_LOG_LEVEL": "loud"}),
+    "unknown environment variable of DenseMixer: DENSEMIXER_ESTIMATER (did you mean DENSEMIXER_ESTIMATOR?)": (
+        "qwen3",
+        {"DENSEMIXER_ESTIMATER": "centered"},
+    ),
     "layers=(9,): the model has 2 Mixture-of-Experts layers": ("qwen3", {"DENSEMIXER_LAYERS": "9"}),
     "DENSEMIXER_ENABLED=1: model.layers.0.feed_forward (Llama4TextMoe): DenseMixer can't train it": ("llama4", {}),
 }

@@ -296,25 +296,42 @@ def test_a_rate_of_zero_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rate", "message"),
+    ("options", "rate", "steps", "message"),
     [
-        ({}, 1e-9, "0.0 % of the routers' choices changed since the start: DenseMixer is doing nothing here"),
+        ({}, 1e-9, 100, "0.0 % of the routers' choices changed since the start: DenseMixer is doing nothing here"),
+        ({}, 1e-9, 4, ""),  # too early to say
         (
             {"estimator": "conventional"},
             0.5,
+            4,
             "0.0 % of the routers' gradient is from unselected experts: DenseMixer is",
         ),
-        ({}, 0.5, ""),
+        ({}, 0.5, 4, ""),
     ],
 )
 def test_a_warning_where_it_does_nothing(
-    options: dict[str, Any], rate: float, message: str, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], rate: float, steps: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "densemixer"):
         # Nothing is logged before the end.
-        trainer(build(**options), DenseMixerCallback(), learning_rate=rate, logging_steps=100).train()
+        settings = dict(max_steps=steps, logging_steps=1000, gradient_accumulation_steps=1)
+        trainer(build(**options), DenseMixerCallback(), learning_rate=rate, **settings).train()
     assert len(caplog.messages) == bool(message)
     assert message in "".join(caplog.messages)
+
+
+def test_a_warning_where_all_routers_are_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    """Their choices change all the same."""
+    model = build()
+    for layer in model.model.layers:
+        layer.mlp.gate.requires_grad_(False)
+    run = trainer(model, DenseMixerCallback(), learning_rate=5.0)
+    with caplog.at_level(logging.WARNING, "densemixer"):
+        run.train()
+    last = metrics(run.state.log_history[-2])
+    assert last[f"{PREFIX}routing_change"] > 0.01
+    assert last[f"{PREFIX}router_grad_norm"] == last[f"{PREFIX}layer_0/router_grad_norm"] == 0
+    assert "no gradient reaches the routers: DenseMixer is doing nothing here." in caplog.messages
 
 
 def test_a_model_without_densemixer_is_an_error() -> None:
