@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer
+from densemixer_adapters.cost import extra_operations, selected_experts
+from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
 from densemixer_core import DenseMixerConfig
 
 
@@ -115,7 +116,7 @@ def inspect_model(model: Any) -> Report:
         score=first.score,
         renormalised=first.renormalised,
         experts=first.matrices[0][0],
-        selected=selected(model, first),
+        selected=_selected(model, first),
         modules_to_save=(router,),
         target_parameters=tuple(f"{router}.{name}" for name, p in first.router.named_parameters() if p.dim() == 2),
     )
@@ -129,7 +130,7 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
         ValueError: The options select layers that it doesn't have.
     """
     options = config or DenseMixerConfig()
-    share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
+    share = {id(layer.experts): _selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
     forward = _attention(model, sequence)
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
@@ -137,27 +138,25 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
             forward += 2 * matrices * share.get(id(module), 1.0)
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
-    extra, saved = 0.0, []
-    for layer in _layers(model, options):
-        experts, chosen = layer.matrices[0][0], selected(model, layer)
-        extra += layer.extra_operations * (1 - chosen / experts if options.budget < 1 else 1)
+    layers, saved = _layers(model, options), []
+    for layer in layers:
         centered = options.estimator == "centered" and layer.renormalised
         output = 4 + model.config.get_text_config().hidden_size * model.dtype.itemsize
-        saved.append(4 * (experts + 1) + (output if centered else 0))
-    return Cost(forward, extra, sum(saved), max(saved))
+        saved.append(4 * (layer.matrices[0][0] + 1) + (output if centered else 0))
+    return Cost(forward, extra_operations(model, layers), sum(saved), max(saved))
 
 
-def selected(model: Any, layer: DenseMixerLayer) -> int:
-    """How many experts a token of a layer goes through."""
-    for owner in (layer.router, layer.block):
-        for name in ("top_k", "num_experts_per_tok"):
-            if isinstance(value := getattr(owner, name, None), int):
-                return value
-    return int(model.config.get_text_config().num_experts_per_tok)
+def _selected(model: Any, layer: DenseMixerLayer) -> int:
+    selected = selected_experts(model, layer)
+    if selected is None:
+        raise ValueError(
+            f"nothing in {type(model).__name__} says how many experts a token of {layer.name} goes through"
+        )
+    return selected
 
 
 def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
-    with apply_densemixer(model, config) as handle:
+    with attach(model, config) as handle:
         return handle.layers
 
 

@@ -7,13 +7,12 @@ see all that the method needs, whatever kernel computes the experts, so no forwa
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from types import TracebackType
 
 from torch import nn
 
+from densemixer_adapters.announce import UNREAD_METRICS, FrozenRouters, announce, describe, warn
 from densemixer_adapters.finding import ROUTER_NAMES, find_blocks, find_layers
 from densemixer_adapters.layer import DenseMixerLayer, UnsupportedModelError
 from densemixer_core import DenseMixerConfig
@@ -23,11 +22,11 @@ __all__ = [
     "DenseMixerLayer",
     "UnsupportedModelError",
     "apply_densemixer",
+    "attach",
+    "attached_handle",
     "attached_layers",
     "has_experts",
 ]
-
-logger = logging.getLogger("densemixer")
 
 
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
@@ -51,6 +50,14 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
         ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.
     """
+    handle = attach(model, config)
+    announce(describe(model, handle.layers))
+    handle.warn_of_frozen_routers()
+    return handle
+
+
+def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
+    """`apply_densemixer` for adapters that tell the user in the words of their framework: nothing is logged."""
     config = config or DenseMixerConfig()
     if "unsloth" in sys.modules:
         # Importing it puts its own forwards into the classes of experts, blocks and PEFT's wrappers. With LoRA on the
@@ -67,18 +74,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
             f"{', '.join(f'`{name}`' for name in ROUTER_NAMES)}. DenseMixer trains the routers of such layers; "
             "switch it off for this model."
         )
-    handle = DenseMixerHandle(layers)
-    logger.log(
-        logging.DEBUG if int(os.environ.get("RANK") or 0) else logging.INFO,
-        "DenseMixer is attached to %d layers of %s (%s): estimator %s, %.3g GFLOP more a token in the backward",
-        len(layers),
-        type(model).__name__,
-        getattr(getattr(model, "config", None), "model_type", "no model type"),
-        config.estimator,
-        1e-9 * sum(layer.extra_operations for layer in layers),
-    )
-    handle.warn_of_frozen_routers()
-    return handle
+    return DenseMixerHandle(layers)
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -93,48 +89,37 @@ def attached_layers(model: nn.Module) -> list[DenseMixerLayer]:
     return list(dict.fromkeys(owner for owner in owners if isinstance(owner, DenseMixerLayer)))
 
 
+def attached_handle(model: nn.Module) -> DenseMixerHandle | None:
+    """What `apply_densemixer` returned for a model, while it is attached."""
+    return next((layer._handle for layer in attached_layers(model)), None)
+
+
 class DenseMixerHandle:
     """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
 
     Attributes:
         layers: The layers, in the model's order.
         gives_way: Whether attaching DenseMixer again takes this one's place rather than being an error.
+        frozen_routers: What warns of them.
     """
 
     def __init__(self, layers: list[DenseMixerLayer]) -> None:
         self.layers = layers
         self.gives_way = False
-        self._known_as_frozen: set[str] = set()
+        self.frozen_routers = FrozenRouters(layers)
         self._warned_of_metrics = False
         for layer in layers:
             layer.attach(self)
 
     def warn_of_frozen_routers(self) -> None:
-        """Log one warning for all layers whose router is frozen now and wasn't when this was last called."""
-        frozen = [layer.router_name for layer in self.layers if layer.router_is_frozen]
-        new = [name for name in frozen if name not in self._known_as_frozen]
-        self._known_as_frozen = set(frozen)
-        if not new:
-            return
-        logger.warning(
-            "DenseMixer has nothing to train where the router is frozen: %s%s. Such a layer trains as without "
-            'DenseMixer. With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["%s"]); '
-            "otherwise call requires_grad_(True) on it.",
-            new[0],
-            f" and {len(new) - 1} more" if len(new) > 1 else "",
-            ".".join(new[0].split(".")[-2:]),
-        )
+        """Log one warning for all layers whose router is frozen now, but once for each."""
+        self.frozen_routers.warn()
 
     def warn_of_unread_metrics(self) -> None:
         """Log one warning that nobody reads the metrics that the options ask for."""
         if not self._warned_of_metrics:
             self._warned_of_metrics = True
-            logger.warning(
-                "DenseMixer: the option metrics does nothing in this training loop, where nobody reads router metrics. "
-                "The Trainer of transformers logs them if it has densemixer_adapters.callback.DenseMixerCallback() "
-                "among its callbacks, or under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory and verl with the option "
-                "set there. Otherwise leave it out."
-            )
+            warn(UNREAD_METRICS)
 
     def remove(self) -> None:
         """Leave the model as it was. Does nothing the second time."""
