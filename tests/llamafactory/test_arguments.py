@@ -236,7 +236,7 @@ def test_a_model_without_experts(arguments: dict[str, Any], llamafactory: LlamaF
         (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
     dense = {**arguments, "model_name_or_path": str(tmp_path / "dense")}
     with pytest.raises(
-        UnsupportedModelError, match="^use_densemixer: Qwen3ForCausalLM has no Mixture-of-Experts layers"
+        UnsupportedModelError, match=r"^use_densemixer: Qwen3ForCausalLM has no Mixture-of-Experts layers"
     ):
         load(dense)
     load({**dense, "use_densemixer": False})
