@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -75,8 +76,9 @@ class DenseMixerConfig:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {self.estimator!r}")
         if type(self.workspace_mb) is not int:
             raise TypeError(f"workspace_mb must be an integer (MiB), got {self.workspace_mb!r}")
-        if self.workspace_mb < 1:
-            raise ValueError(f"workspace_mb must be at least 1 (MiB), got {self.workspace_mb}")
+        most = sys.maxsize >> 20  # what this machine can address
+        if not 1 <= self.workspace_mb <= most:
+            raise ValueError(f"workspace_mb must be at least 1 (MiB) and at most {most}, got {self.workspace_mb}")
         if type(self.budget) not in (int, float):
             raise TypeError(f"budget must be a number, got {self.budget!r}")
         if not 0 < self.budget <= 1:

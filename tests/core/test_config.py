@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import pytest
 
@@ -28,6 +29,7 @@ def test_from_dict() -> None:
         ),
         ({"estimator": 1}, TypeError, "estimator must be a string"),
         ({"workspace_mb": 0}, ValueError, "workspace_mb must be at least 1"),
+        ({"workspace_mb": (sys.maxsize >> 20) + 1}, ValueError, "workspace_mb must be at least 1 (MiB) and at most"),
         ({"workspace_mb": "64"}, TypeError, "workspace_mb must be an integer"),
         ({"workspace_mb": True}, TypeError, "workspace_mb must be an integer"),
         ({"budget": 0}, ValueError, "budget must be above 0 and at most 1 (1 evaluates all experts), got 0"),
