@@ -29,11 +29,11 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters import transformers
 from densemixer_adapters._boot import ENABLED
 from densemixer_adapters.announce import announce, describe, show_log
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.transformers import UnsupportedModelError, has_experts
+from densemixer_adapters.transformers import attach as attach_densemixer
 from densemixer_core import DenseMixerConfig
 from densemixer_core.config import ENVIRONMENT_PREFIX, read_flag
 
@@ -152,7 +152,7 @@ def attach(model: nn.Module, settings: Settings) -> None:
         announce(f"{ENABLED}=1: {type(model).__name__} has no Mixture-of-Experts layers, so nothing is attached")
         return
     try:
-        handle = transformers.attach(model, settings.config)
+        handle = attach_densemixer(model, settings.config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{ENABLED}=1: {error} To train other model types only, name them in {MODELS}."
