@@ -17,7 +17,7 @@ NO_OPTIONS = ("BOOT", "ENABLED", "LOG_LEVEL", "MODELS", "OLMOE", "QWEN2", "QWEN3
 """The names of the adapters' own variables, after the prefix."""
 
 LARGEST_WORKSPACE = sys.maxsize >> 20
-"""MiB: what is beyond, no size of a tensor can say."""
+"""MiB that this machine can address."""
 
 _WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on", "t"), True),
@@ -81,12 +81,8 @@ class DenseMixerConfig:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {self.estimator!r}")
         if type(self.workspace_mb) is not int:
             raise TypeError(f"workspace_mb must be an integer (MiB), got {self.workspace_mb!r}")
-        if self.workspace_mb < 1:
-            raise ValueError(f"workspace_mb must be at least 1 (MiB), got {self.workspace_mb}")
-        if self.workspace_mb > LARGEST_WORKSPACE:
-            raise ValueError(
-                f"workspace_mb must be at most {LARGEST_WORKSPACE} (MiB), all that this machine can address"
-            )
+        if not 1 <= self.workspace_mb <= LARGEST_WORKSPACE:
+            raise ValueError(f"workspace_mb must be at least 1 (MiB) and at most {LARGEST_WORKSPACE}")
         if type(self.budget) not in (int, float):
             raise TypeError(f"budget must be a number, got {self.budget!r}")
         if not 0 < self.budget <= 1:

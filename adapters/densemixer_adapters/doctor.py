@@ -209,7 +209,7 @@ def _libraries(installed: dict[str, str]) -> Iterator[Check]:
 
 def _hooks(installed: dict[str, str]) -> Iterator[Check]:
     """Each module that we patch, if its framework is installed: whether this version has it."""
-    for module in _boot.PATCHES:
+    for module in _boot.patches():
         framework, *inner = module.split(".")
         distribution = DISTRIBUTIONS.get(framework, framework)
         if distribution not in installed:

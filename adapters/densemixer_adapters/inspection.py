@@ -25,11 +25,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer
+from densemixer_adapters.cost import extra_operations, selected_experts
+from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
 from densemixer_core import DenseMixerConfig
-
-TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts")
-"""What routers, blocks and configurations call the number of experts that a token goes through."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +144,7 @@ def inspect_model(model: Any) -> Report:
         score=first.score,
         renormalised=first.renormalised,
         experts=first.matrices[0][0],
-        selected=selected(model, first),
+        selected=_selected(model, first),
         modules_to_save=(router,),
         target_parameters=tuple(f"{router}.{name}" for name, p in first.router.named_parameters() if p.dim() == 2),
     )
@@ -161,7 +159,7 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
             through more than there are.
     """
     options = config or DenseMixerConfig()
-    share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
+    share = {id(layer.experts): _selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
     forward = _attention(model, sequence)
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
@@ -169,34 +167,30 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
             forward += 2 * matrices * share.get(id(module), 1.0)
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
-    extra, saved = 0.0, []
-    for layer in _layers(model, options):
-        experts, chosen = layer.matrices[0][0], selected(model, layer)
-        extra += layer.extra_operations * (1 - chosen / experts if options.budget < 1 else 1)
+    layers, saved = _layers(model, options), []
+    for layer in layers:
         centered = options.estimator == "centered" and layer.renormalised
         # For ⟨g, y⟩: the selected experts' scores, or a copy of the output where not all experts are evaluated.
-        kept = 4 * chosen if options.budget == 1 else model.config.get_text_config().hidden_size * model.dtype.itemsize
-        saved.append(4 * (experts + 1) + (4 + kept if centered else 0))
-    return Cost(forward, extra, sum(saved), max(saved))
+        hidden = model.config.get_text_config().hidden_size * model.dtype.itemsize
+        kept = 4 * _selected(model, layer) if options.budget == 1 else hidden
+        saved.append(4 * (layer.matrices[0][0] + 1) + (4 + kept if centered else 0))
+    return Cost(forward, extra_operations(model, layers), sum(saved), max(saved))
 
 
-def selected(model: Any, layer: DenseMixerLayer) -> int:
+def _selected(model: Any, layer: DenseMixerLayer) -> int:
     """How many experts a token of a layer goes through.
 
     Raises:
         ValueError: None, or more than there are.
     """
-    experts = layer.matrices[0][0]
-    owners = (layer.router, layer.block, model.config.get_text_config())
-    named = (getattr(owner, name, None) for owner in owners for name in TOP_K)
-    count = next((value for value in named if isinstance(value, int)), 0)
-    if not 0 < count <= experts:
-        raise ValueError(f"{layer.name}: a token goes through {count} of {experts} experts")
-    return count
+    experts, selected = layer.matrices[0][0], selected_experts(model, layer) or 0
+    if not 0 < selected <= experts:
+        raise ValueError(f"{layer.name}: a token goes through {selected} of {experts} experts")
+    return selected
 
 
 def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
-    with apply_densemixer(model, config) as handle:
+    with attach(model, config) as handle:
         return handle.layers
 
 

@@ -309,7 +309,7 @@ class DenseMixerLayer:
         with _lock:
             self._pairs_left_out = count if self._pairs_left_out is None else self._pairs_left_out + count
         if self.handle is not None:
-            self.handle.warn_of_overflow(count)
+            self.handle.warn_of_overflow(self.name, count)
 
     def experts_written_to(self) -> None:
         """Called by the core."""

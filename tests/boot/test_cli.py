@@ -104,7 +104,7 @@ def test_run_enables_densemixer_unless_told_otherwise(target: Environment, varia
     path = str(target.folder / "target")
     code = (
         "import os; from densemixer_adapters import _boot; "
-        "print(os.environ['DENSEMIXER_ENABLED'], 'transformers.modeling_utils' in _boot.PATCHES)"
+        "print(os.environ['DENSEMIXER_ENABLED'], 'transformers.modeling_utils' in _boot.patches())"
     )
     done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path, **variables)
     off = variables.get("DENSEMIXER_ENABLED") == "0"

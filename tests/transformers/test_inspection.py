@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import oracle
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, tokens
+from runs import loss_of
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from densemixer_adapters.cli import app
@@ -260,6 +263,22 @@ def test_options_count(large: Path) -> None:
     assert centered.saved - whole.saved == 48 * (8 * 4 + 4)
     drawn = estimate(model, 4096, DenseMixerConfig("centered", budget=0.125))
     assert drawn.saved - whole.saved == 48 * (2048 * 4 + 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.5}, {"estimator": "centered", "budget": 0.25}, {"layers": [0]}])
+def test_the_extra_operations_are_those_that_run(options: dict[str, Any]) -> None:
+    """All matrix products of a step, counted by torch."""
+
+    def count(config: DenseMixerConfig) -> int:
+        with apply_densemixer(model, config), FlopCounterMode(display=False) as counter:
+            loss_of(model).backward()
+        return counter.get_total_flops()
+
+    with oracle.Float64():
+        model = FAMILIES["qwen3_moe"].build("eager").double()
+        config = DenseMixerConfig(**options)
+        extra = count(config) - count(DenseMixerConfig("conventional"))
+    assert extra / tokens().numel() == pytest.approx(estimate(model, 12, config).extra, rel=0.01)
 
 
 @pytest.mark.parametrize("command", ["inspect", "cost"])
