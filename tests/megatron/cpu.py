@@ -33,6 +33,7 @@ class Stream:
 torch.cuda.current_device = lambda: torch.device("cpu")  # where routers, buffers and DDP's gradients are put
 torch.cuda.Stream = Stream  # type: ignore[assignment,misc]  # of shared experts and of the alltoall dispatcher
 torch.cuda.current_stream = torch.cuda.default_stream = lambda *args: Stream()  # what these wait for
+torch.cuda.synchronize = lambda *args: None  # after each exchange between stages of a pipeline
 torch.cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment,return-value]
 
 from megatron.core.tensor_parallel import random  # noqa: E402
@@ -81,12 +82,14 @@ dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """For the optimizer, which makes small tensors with ``device="cuda"``."""
+    """For schedules and optimizers, which make small tensors with ``device="cuda"`` and ask for the type of others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("device") == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
+        if func is Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
 
 

@@ -210,12 +210,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_is_refused_when_the_layer_is_built(reason: str) -> None:
+def test_what_is_refused_when_the_configuration_is_made(reason: str) -> None:
     case = Case(REFUSED[reason])
     with pytest.raises(
-        UnsupportedModelError, match=f"moe_densemixer: .*layer.*{reason}.*Either .* switch DenseMixer off"
+        UnsupportedModelError, match=f"moe_densemixer: .*this model: {reason}.*Either .*, or switch DenseMixer off"
     ):
-        build(case, moe_densemixer=True)
+        config(case, moe_densemixer=True)
     layer = build(case)  # without the flag Megatron builds it
     with pytest.raises(UnsupportedModelError, match=reason):
         enable(layer)
@@ -244,7 +244,9 @@ def test_options_that_need_a_gpu_are_refused(option: str, value: Any) -> None:
     """Megatron can't build such a layer here, so the option is set once it is built."""
     layer = build(Case())
     setattr(layer.config, option, value)
-    with pytest.raises(UnsupportedModelError, match=rf"can't train it: {option} .*Either .*, or switch DenseMixer off"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"can't train this model: {option} .*Either .*, or switch DenseMixer off"
+    ):
         enable(layer)
 
 
