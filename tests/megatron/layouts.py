@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, check, drawing, gathering, refusal
+from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, refusal
 from torch import multiprocessing
 
 
@@ -107,10 +107,12 @@ TRAININGS = {
 
 
 def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
+    cases = LAYOUT_CASES | (SPREAD_CASES if layout.expert * layout.expert_tensor > 1 else {})
     found: dict[str, Callable[[], Any]] = {
         f"{dispatcher}, {name}": lambda case=case, dispatcher=dispatcher: dataclasses.asdict(check(case, dispatcher))
-        for name, case in LAYOUT_CASES.items()
+        for name, case in cases.items()
         for dispatcher in case.dispatchers
+        if case.exists
     }
     found["gathered in parts"] = gathering
     found["budget"] = drawing if layout.expert_tensor == 1 else refusal
