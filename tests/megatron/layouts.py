@@ -94,7 +94,9 @@ TRAININGS = {
         Layout(2, pipeline=2), {**HYBRID, "moe_densemixer": {"layers": [0, -1]}}, untaught=("4",)
     ),
     "PP2, some layers": Training(
-        Layout(2, pipeline=2), {**FOUR, "moe_densemixer": {"layers": "::2"}}, untaught=("2", "4")
+        Layout(2, pipeline=2),
+        {**FOUR, "moe_layer_freq": [0, 1, 1, 1], "moe_densemixer": {"layers": "::2"}},
+        untaught=("3",),
     ),
     "CP2": Training(Layout(2, context=2), {"own_values": True}),
     "PP2 EP2": Training(Layout(4, pipeline=2, expert=2)),

@@ -134,7 +134,9 @@ CASES = LAYOUT_CASES | {
     ),
     "z loss": Case({"moe_z_loss_coeff": 0.1}, host_adds=True),
     "global auxiliary loss": Case(
-        {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1}, host_adds=True
+        {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1},
+        since="0.16",
+        host_adds=True,
     ),
     "shared experts": Case(SHARED, host_adds=True),
     "shared experts, gated": Case({**SHARED, "moe_shared_expert_gate": True}, host_adds=True),
@@ -155,7 +157,9 @@ CASES = LAYOUT_CASES | {
     "replay": Case({"moe_enable_routing_replay": True}, since="0.16", prepare=_replay),
     "bfloat16": Case(dtype=torch.bfloat16),
     "bfloat16, router in float32": Case({"moe_router_dtype": "fp32"}, dtype=torch.bfloat16),
-    "GroupedMLP": Case({"moe_grouped_gemm": True}, experts="GroupedMLP", dtype=torch.bfloat16),
+    "GroupedMLP": Case(
+        {"moe_grouped_gemm": True, "moe_use_legacy_grouped_gemm": True}, experts="GroupedMLP", dtype=torch.bfloat16
+    ),
     "TEGroupedMLP": Case({"moe_grouped_gemm": True}, experts="TEGroupedMLP"),
     "TEGroupedMLP, biases": Case(
         {"moe_grouped_gemm": True, "add_bias_linear": True},
