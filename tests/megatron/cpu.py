@@ -82,12 +82,14 @@ dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """For schedules and optimizers, which make small tensors with ``device="cuda"`` and ask for the type of others."""
+    """For schedules and optimizers: they make small tensors on the GPU, and optimizers ask for the type of others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("device") == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
+        if func is Tensor.cuda:
+            return args[0]
         if func is Tensor.type and len(args) == 1:
             return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, refusal
+from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, refusal
 from torch import multiprocessing
 
 
@@ -70,28 +70,32 @@ class Training:
         layout: The ranks.
         model: For `training.build_stage`.
         distributed: For `training.train`.
+        since: The version of Megatron Core that has it.
         untaught: The layers in which experts that are never selected teach the router nothing.
     """
 
     layout: Layout
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     distributed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    since: str = "0.13"
     untaught: tuple[str, ...] = ()
 
 
 FOUR = {"num_layers": 4}
 SHARED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+HYBRID_EXPERTS = "0.16"
+"""The version of Megatron Core from which hybrid models may have experts."""
 HYBRID = {"pattern": "*E*EE*"}
 TRAININGS = {
     "EP2, without DenseMixer": Training(Layout(2, expert=2), {"moe_densemixer": False}, untaught=("1", "2")),
     "EP2": Training(Layout(2, expert=2)),
     "EP2, distributed optimizer": Training(Layout(2, expert=2), distributed=SHARED),
-    "EP2, multi-token prediction": Training(Layout(2, expert=2), {"mtp_num_layers": 1}),
+    "EP2, multi-token prediction": Training(Layout(2, expert=2), {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}),
     "PP2": Training(Layout(2, pipeline=2)),
     "PP2, interleaved": Training(Layout(2, pipeline=2, chunks=2), FOUR),
-    "PP2, hybrid": Training(Layout(2, pipeline=2), HYBRID),
+    "PP2, hybrid": Training(Layout(2, pipeline=2), HYBRID, since=HYBRID_EXPERTS),
     "PP2, hybrid, some layers": Training(
-        Layout(2, pipeline=2), {**HYBRID, "moe_densemixer": {"layers": [0, -1]}}, untaught=("4",)
+        Layout(2, pipeline=2), {**HYBRID, "moe_densemixer": {"layers": [0, -1]}}, since=HYBRID_EXPERTS, untaught=("4",)
     ),
     "PP2, some layers": Training(
         Layout(2, pipeline=2),
@@ -136,7 +140,8 @@ def run(rank: int, processes: int, store: str, report: Path) -> None:
     )
     wanted = {name: (layout, cells(layout)) for name, layout in LAYOUTS.items()}
     for name, way in TRAININGS.items():
-        wanted[f"training, {name}"] = way.layout, {"": functools.partial(train, way)}
+        if has(way.since):
+            wanted[f"training, {name}"] = way.layout, {"": functools.partial(train, way)}
     results: dict[str, list[Any]] = {}
     for name, (layout, checks) in wanted.items():
         if layout.processes != processes:

@@ -33,6 +33,11 @@ SEQUENCE, BATCH = 6, 2
 TOLERANCE = 1e-5
 
 
+def has(since: str) -> bool:
+    """Whether this Megatron Core is of that version or newer."""
+    return Version(megatron.core.__version__) >= Version(since)
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """One way to configure the layer.
@@ -64,7 +69,7 @@ class Case:
 
     @property
     def exists(self) -> bool:
-        return Version(megatron.core.__version__) >= Version(self.since) and hasattr(experts_module, self.experts)
+        return has(self.since) and hasattr(experts_module, self.experts)
 
 
 def _bias_two_experts(layer: Any) -> None:
@@ -139,7 +144,7 @@ CASES = LAYOUT_CASES | {
         host_adds=True,
     ),
     "shared experts": Case(SHARED, host_adds=True),
-    "shared experts, gated": Case({**SHARED, "moe_shared_expert_gate": True}, host_adds=True),
+    "shared experts, gated": Case({**SHARED, "moe_shared_expert_gate": True}, since="0.16", host_adds=True),
     "shared experts, overlapped": Case(OVERLAPPED, ("alltoall",), host_adds=True),
     "shared experts, overlapped, centered": Case(OVERLAPPED, ("alltoall",), host_adds=True, estimator="centered"),
     "shared experts, overlapped, centered, budget": Case(

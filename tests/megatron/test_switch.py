@@ -15,9 +15,10 @@ pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s me
 
 import torch
 import training
+from layouts import HYBRID_EXPERTS
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron_setting import CASES, EXPERTS, Case, batch, build, config, run
+from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, run
 from torch import nn
 
 from densemixer_adapters.doctor import examine
@@ -27,6 +28,7 @@ from densemixer_adapters.megatron_positions import Selection, moe_layer_numbers
 from densemixer_adapters.transformers import UnsupportedModelError
 from densemixer_core import DenseMixerConfig, RoutingMismatchError
 
+hybrid = pytest.mark.skipif(not has(HYBRID_EXPERTS), reason=f"hybrid models have experts since {HYBRID_EXPERTS}")
 BIASED = CASES["TEGroupedMLP, biases"]
 SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "add_bias_linear": False}
 CENTERED = {"estimator": "centered", "layers": [0, -1]}
@@ -371,6 +373,7 @@ def test_the_pattern_of_a_hybrid_model_says_which_layers_have_experts() -> None:
     assert moe_layer_numbers(settings) == [1, 2, 3, 4, 5, 6]
 
 
+@hybrid
 @pytest.mark.parametrize("layers", [[2], [-3], "3:"])
 def test_positions_that_a_hybrid_model_does_not_have(layers: Any) -> None:
     """It has two such layers among its five, and knows it before any is built."""
@@ -380,6 +383,7 @@ def test_positions_that_a_hybrid_model_does_not_have(layers: Any) -> None:
         enable(training.build(pattern="*E*E*"), DenseMixerConfig(layers=layers))
 
 
+@hybrid
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_layers_in_a_hybrid_model(by_flag: bool) -> None:
     options = DenseMixerConfig(layers=[-1])
@@ -388,6 +392,7 @@ def test_layers_in_a_hybrid_model(by_flag: bool) -> None:
     assert [layer.block.layer_number for layer in handle.layers if layer.is_selected()] == [4]
 
 
+@hybrid
 def test_layers_in_a_part_of_a_hybrid_model() -> None:
     """Its pattern isn't known there, and moe_layer_freq, which is 1, would mean others."""
     part = training.build(pattern="*E*E*").decoder.layers
