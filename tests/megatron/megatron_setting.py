@@ -96,6 +96,13 @@ def _fill_biases(layer: Any) -> None:
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
 
 
+def _fill_shared_experts(layer: Any) -> None:
+    """So that their output is no small part of the layer's."""
+    generator = torch.Generator().manual_seed(9)
+    for parameter in layer.shared_experts.parameters():
+        parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
 def _replay(layer: Any) -> None:
     """Replay a selection that the router itself would not make."""
     from megatron.core.transformer.moe.router_replay import RouterReplayAction
@@ -121,6 +128,7 @@ SPREAD_CASES = {"flexible": Case({"moe_flex_dispatcher_backend": "deepep"}, ("fl
 
 SHARED = {"moe_shared_expert_intermediate_size": 8}
 OVERLAPPED = {**SHARED, "moe_shared_expert_overlap": True}
+BESIDE: dict[str, Any] = {"host_adds": True, "prepare": _fill_shared_experts}
 
 CASES = LAYOUT_CASES | {
     "centered": Case(estimator="centered"),
@@ -143,12 +151,12 @@ CASES = LAYOUT_CASES | {
         since="0.16",
         host_adds=True,
     ),
-    "shared experts": Case(SHARED, host_adds=True),
-    "shared experts, gated": Case({**SHARED, "moe_shared_expert_gate": True}, since="0.16", host_adds=True),
-    "shared experts, overlapped": Case(OVERLAPPED, ("alltoall",), host_adds=True),
-    "shared experts, overlapped, centered": Case(OVERLAPPED, ("alltoall",), host_adds=True, estimator="centered"),
+    "shared experts": Case(SHARED, **BESIDE),
+    "shared experts, gated": Case({**SHARED, "moe_shared_expert_gate": True}, since="0.16", **BESIDE),
+    "shared experts, overlapped": Case(OVERLAPPED, ("alltoall",), **BESIDE),
+    "shared experts, overlapped, centered": Case(OVERLAPPED, ("alltoall",), estimator="centered", **BESIDE),
     "shared experts, overlapped, centered, budget": Case(
-        OVERLAPPED, ("alltoall",), host_adds=True, estimator="centered", budget=1 - 1e-9
+        OVERLAPPED, ("alltoall",), estimator="centered", budget=1 - 1e-9, **BESIDE
     ),
     "jitter": Case({"moe_input_jitter_eps": 0.3}, prepare=_know_jitter),
     "square root of softplus": Case({**SIGMOID, "moe_router_score_function": "sqrtsoftplus"}, since="0.19"),
