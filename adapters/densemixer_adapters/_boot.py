@@ -24,6 +24,8 @@ PATCHES = {
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
     "llamafactory.v1.core.model_engine": "densemixer_adapters.llamafactory:patch_v1_model_engine",
+    "megatron.core.models.hybrid.hybrid_model": "densemixer_adapters.megatron:patch_hybrid_model",
+    "megatron.core.models.mamba.mamba_model": "densemixer_adapters.megatron:patch_hybrid_model",
     "megatron.core.transformer.moe.moe_layer": "densemixer_adapters.megatron:patch_moe_layer",
     "megatron.core.transformer.transformer_config": "densemixer_adapters.megatron:patch_transformer_config",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
@@ -33,6 +35,9 @@ PATCHES = {
     "verl.workers.engine_workers": "densemixer_adapters.verl:patch_training_worker",
 }
 """The exact name of a module, and the function that patches it."""
+
+IN_SOME_VERSIONS = ("megatron.core.models.hybrid.hybrid_model",)
+"""Those of them that some versions of their framework, which we support, don't have."""
 
 PATCHES_IF_ENABLED = {
     "densemixer.patching": "densemixer_adapters.original:warn_of_patches",

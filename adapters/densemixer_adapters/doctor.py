@@ -217,6 +217,8 @@ def _hooks(installed: dict[str, str]) -> Iterator[Check]:
         spec = importlib.util.find_spec(framework)  # of a top-level package: doesn't import it
         folders = [] if spec is None else spec.submodule_search_locations or []
         if not any(Path(folder, *inner).with_suffix(".py").exists() for folder in folders):
+            if module in _boot.IN_SOME_VERSIONS:
+                continue
             detail = f"{distribution} {installed[distribution]} has no such module"
             yield Check(f"hook {module}", "problem", detail, f'pip install "{DISTRIBUTION}[{framework}]"')
         elif _boot.is_live():
