@@ -23,13 +23,13 @@ UNREAD_METRICS = (
     "under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory and verl with the option set there. Otherwise leave it out."
 )
 OVERFLOW = (
-    "DenseMixer: for some tokens the output of an expert that wasn't selected doesn't fit into float16, first in {name}. "
-    "Such a pair of a token and an expert counts as nothing, as in conventional training. Router metrics count them as "
-    "pairs_left_out. bfloat16 has no such limit."
+    "DenseMixer: for some tokens the output of an expert that wasn't selected doesn't fit into float16, first in "
+    "{name}. Such a pair of a token and an expert counts as nothing, as in conventional training. Router metrics count "
+    "them as pairs_left_out. bfloat16 has no such limit."
 )
 CHANGED_EXPERTS = (
-    "DenseMixer: weights of experts were written to in place between the forward of their layer and its backward, first "
-    "in {name}. The gradient that DenseMixer adds is that of the weights as they are in the backward."
+    "DenseMixer: weights of experts were written to in place between the forward of their layer and its backward, "
+    "first in {name}. The gradient that DenseMixer adds is that of the weights as they are in the backward."
 )
 _FIX = (
     'With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["{router}"]); otherwise call '
