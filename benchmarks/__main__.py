@@ -32,7 +32,7 @@ from shapes import SHAPES
 from worker import Specification
 
 HERE = Path(__file__).parent
-ORIGINAL = "DENSEMIXER_ORIGINAL_PYTHON"
+ORIGINAL = "ORIGINAL_DENSEMIXER_PYTHON"
 BUDGETS = ("1", "0.25", "0.125", "0.0625")
 NAMES = {"1": "exact", "0.25": "budget 1/4", "0.125": "budget 1/8", "0.0625": "budget 1/16"}
 

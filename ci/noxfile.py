@@ -100,7 +100,7 @@ def transformers(session: nox.Session, pins: str) -> None:
     else:
         install_wheel(session)
         tests = ["tests/demo", "tests/experiments", *tests, "tests/core"]
-    session.run(*PYTEST, *(session.posargs or tests), env={"DENSEMIXER_ORIGINAL": str(ORIGINAL)})
+    session.run(*PYTEST, *(session.posargs or tests), env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
 # torchaudio, which LLaMA-Factory imports, does without its compiled libraries if they aren't there; they need CUDA.
@@ -173,7 +173,7 @@ def bench(session: nox.Session) -> None:
     install(session, "transformers-5.23.0")
     install_editable(session)
     python = ROOT / ".nox" / "original" / "bin" / "python"
-    session.run("python", "benchmarks", *session.posargs, env={"DENSEMIXER_ORIGINAL_PYTHON": str(python)})
+    session.run("python", "benchmarks", *session.posargs, env={"ORIGINAL_DENSEMIXER_PYTHON": str(python)})
 
 
 @nox.session(default=False)

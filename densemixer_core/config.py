@@ -6,12 +6,18 @@ import dataclasses
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from densemixer_core.estimators import ESTIMATORS
 
 ENVIRONMENT_PREFIX = "DENSEMIXER_"
+NO_OPTIONS = ("BOOT", "ENABLED", "LOG_LEVEL", "MODELS", "OLMOE", "QWEN2", "QWEN3")
+"""The names of the adapters' own variables, after the prefix."""
+
+LARGEST_WORKSPACE = sys.maxsize >> 20
+"""MiB that this machine can address."""
 
 _WORDS = {
     **dict.fromkeys(("1", "true", "yes", "on", "t"), True),
@@ -75,8 +81,8 @@ class DenseMixerConfig:
             raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {self.estimator!r}")
         if type(self.workspace_mb) is not int:
             raise TypeError(f"workspace_mb must be an integer (MiB), got {self.workspace_mb!r}")
-        if self.workspace_mb < 1:
-            raise ValueError(f"workspace_mb must be at least 1 (MiB), got {self.workspace_mb}")
+        if not 1 <= self.workspace_mb <= LARGEST_WORKSPACE:
+            raise ValueError(f"workspace_mb must be at least 1 (MiB) and at most {LARGEST_WORKSPACE}")
         if type(self.budget) not in (int, float):
             raise TypeError(f"budget must be a number, got {self.budget!r}")
         if not 0 < self.budget <= 1:
@@ -133,9 +139,11 @@ class DenseMixerConfig:
         A field whose variable is unset or empty keeps its default.
 
         Raises:
-            ValueError: A variable's value is invalid. The message names the variable.
+            ValueError: A variable's value is invalid, or a name with this prefix is unknown. The message names the
+                variable.
         """
         environ = os.environ if environ is None else environ
+        _check_names(environ, (*(field.name.upper() for field in dataclasses.fields(cls)), *NO_OPTIONS))
         options: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             variable = ENVIRONMENT_PREFIX + field.name.upper()
@@ -148,6 +156,19 @@ class DenseMixerConfig:
             except ValueError as error:
                 raise ValueError(f"environment variable {variable}={text!r}: {error}") from error
         return cls(**options)
+
+
+def _check_names(environ: Mapping[str, str], names: Sequence[str]) -> None:
+    """Raise a ValueError if a variable has our prefix and is none of ours: misspelt, it would change nothing."""
+    unknown = []
+    for variable in sorted(environ):
+        name = variable.removeprefix(ENVIRONMENT_PREFIX)
+        if name != variable and name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            unknown.append(f"{variable} (did you mean {ENVIRONMENT_PREFIX}{close[0]}?)" if close else variable)
+    if unknown:
+        known = ", ".join(ENVIRONMENT_PREFIX + name for name in sorted(names))
+        raise ValueError(f"unknown environment variable of DenseMixer: {', '.join(unknown)}; known: {known}")
 
 
 def _canonical_layers(layers: Any) -> tuple[int, ...] | str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.estimators import extra_score_gradient
@@ -94,10 +95,15 @@ def straight_through(
         listener: Who is told of what happens in the backward.
 
     Raises:
-        RuntimeError: In the backward: a second derivative is taken, or gradients are batched (``is_grads_batched``).
+        RuntimeError: A second derivative is taken, gradients are batched (``is_grads_batched``), or in forward mode.
     """
     if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad) or not len(index):
         return output
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(output).tangent is not None:  # type: ignore[no-untyped-call]
+        raise RuntimeError(
+            "DenseMixer has no forward-mode derivative: a straight-through estimate exists in the backward alone. Use "
+            "torch.autograd in reverse mode, or call handle.remove() first."
+        )
     selected, factor, total = selection(scores, index, weights, renormalised, epsilon, weight_scale)
     sampled, centered = config.budget < 1, config.estimator == "centered" and renormalised
     how = _Stacked.of(experts) if isinstance(experts, StackedExperts) else experts
@@ -108,7 +114,8 @@ def straight_through(
     if isinstance(how, _Stacked) and torch.compiler.is_compiling():
         saved += how.kept  # torch.compile follows no other way
         how = dataclasses.replace(how, kept=())
-    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, listener))  # type: ignore[no-untyped-call]
+    # Detached: the carrier's gradient is no affair of the experts.
+    carrier = _ScoreGradient.apply(scores, output.detach(), tuple(saved), _Call(how, score, config, listener))  # type: ignore[no-untyped-call]
     return _HandOn.apply(output, carrier)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -184,10 +191,10 @@ class _ScoreGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if not torch.compiler.is_compiling() and _is_batched(g):
             raise RuntimeError(
-                "DenseMixer doesn't work with batched gradients (is_grads_batched, vmap, torch.func). Take them one by "
-                "one, or call handle.remove() first."
+                "DenseMixer doesn't work with batched gradients (is_grads_batched, vmap, a vectorised Jacobian). Take "
+                "them one by one with torch.autograd, or call handle.remove() first."
             )
         with torch.no_grad():
             extra = _extra_gradient(g, ctx.saved_tensors, ctx.call)
@@ -259,6 +266,15 @@ def _without_overflow(extra: Tensor, x: Tensor, g: Tensor, listener: Listener | 
     if listener is not None:
         listener.pairs_left_out(overflowed.sum())
     return extra.masked_fill(overflowed, 0.0)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for several, under ``is_grads_batched`` or ``torch.vmap``: only these have no storage."""
+    try:
+        tensor.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _versions(tensors: tuple[Tensor | None, ...]) -> tuple[int, ...]:

@@ -66,6 +66,11 @@ class Environment:
         done = run([*pip, "--quiet", "--no-deps", "--no-index", *options, wheel])
         assert done.returncode == 0, done.stderr
 
+    def uninstall(self, distribution: str) -> None:
+        pip = [sys.executable, "-m", "pip", "--python", self.python, "--disable-pip-version-check", "uninstall"]
+        done = run([*pip, "--quiet", "--yes", distribution])
+        assert done.returncode == 0, done.stderr
+
     def borrow(self, *scripts: str) -> None:
         """Let it import what the running environment has, and give it some of its commands.
 

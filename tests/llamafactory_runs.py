@@ -43,7 +43,7 @@ class Run:
 
     @property
     def attached(self) -> int:
-        return len(re.findall(r"DenseMixer trains the routers of 2 layers", self.log))
+        return len(re.findall(r"DenseMixer is attached to 2 layers", self.log))
 
 
 class LlamaFactory:

@@ -24,6 +24,8 @@ PATCHES = {
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
     "llamafactory.v1.core.model_engine": "densemixer_adapters.llamafactory:patch_v1_model_engine",
+    "megatron.core.models.hybrid.hybrid_model": "densemixer_adapters.megatron:patch_hybrid_model",
+    "megatron.core.models.mamba.mamba_model": "densemixer_adapters.megatron:patch_hybrid_model",
     "megatron.core.transformer.moe.moe_layer": "densemixer_adapters.megatron:patch_moe_layer",
     "megatron.core.transformer.transformer_config": "densemixer_adapters.megatron:patch_transformer_config",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
@@ -34,11 +36,15 @@ PATCHES = {
 }
 """The exact name of a module, and the function that patches it."""
 
+IN_SOME_VERSIONS = ("megatron.core.models.hybrid.hybrid_model",)
+"""Those of them that some versions of their framework, which we support, don't have."""
+
 PATCHES_IF_ENABLED = {
+    "densemixer.patching": "densemixer_adapters.original:warn_of_patches",
     "transformers.modeling_utils": "densemixer_adapters.environment:patch_modeling_utils",
     "transformers.trainer": "densemixer_adapters.callback:patch_trainer",
 }
-"""Those that are made only where the environment asks for DenseMixer in every program."""
+"""Those that are made only where the environment asks for DenseMixer in every program, as the module is imported."""
 
 SWITCH = "DENSEMIXER_BOOT"
 ENABLED = "DENSEMIXER_ENABLED"
@@ -49,6 +55,8 @@ _taken: set[str] = set()
 """Names of modules that are patched, or will be as soon as their own code has run."""
 _searches: set[tuple[str, int]] = set()
 """Names of modules that are being looked for, and the threads that look."""
+_missed: set[str] = set()
+"""Names of modules that were imported before the environment asked for their patch."""
 
 
 def is_switched_off() -> bool:
@@ -65,20 +73,22 @@ def is_live() -> bool:
 
 
 def install() -> None:
-    """Put the hook in place, once; a second call takes notice if the environment has enabled more. Never raises."""
-    if is_switched_off():
-        return
-    if not _is_off(ENABLED, "0"):
-        PATCHES.update(PATCHES_IF_ENABLED)
-    if not is_live():
+    """Put the hook in place, once. Never raises."""
+    if not is_switched_off() and not is_live():
         sys.meta_path.insert(0, _Finder)
+
+
+def patches() -> "dict[str, str]":
+    """Those that are wanted as the environment is now."""
+    return PATCHES if _is_off(ENABLED, "0") else {**PATCHES, **PATCHES_IF_ENABLED}
 
 
 def patch_imported() -> None:
     """Patch what was imported before the hook was in place: for frameworks that load us themselves. Never raises."""
-    for name in PATCHES if is_live() else ():
+    for name in patches() if is_live() else ():
         if name in sys.modules and name not in _taken:
             _taken.add(name)
+            _missed.discard(name)
             _patch(sys.modules[name], name)
 
 
@@ -87,9 +97,14 @@ class _Finder:
 
     @classmethod
     def find_spec(cls, name: str, path: "Any" = None, target: "Any" = None) -> "ModuleSpec | None":
+        if _missed and not _is_off(ENABLED, "0"):
+            _warn_of_missed()
         # Another hook that we ask may ask all finders in turn.
         search = name, get_ident()
-        if name not in PATCHES or search in _searches:
+        if not (name in PATCHES or name in PATCHES_IF_ENABLED) or search in _searches:
+            return None
+        if name not in patches():
+            _missed.add(name)
             return None
         _searches.add(search)
         try:
@@ -126,12 +141,27 @@ def _patch(module: "ModuleType", name: str) -> None:
     from importlib import import_module
 
     try:
-        patches, function = PATCHES[name].split(":")
-        getattr(import_module(patches), function)(module)
+        patch, function = {**PATCHES, **PATCHES_IF_ENABLED}[name].split(":")
+        getattr(import_module(patch), function)(module)
     except Exception as error:
         if name in PATCHES_IF_ENABLED:
             raise
         _warn(name, error)  # whoever doesn't use DenseMixer must not be stopped by it
+
+
+def _warn_of_missed() -> None:
+    imported = sorted(_missed & sys.modules.keys())
+    _missed.clear()
+    if imported:
+        import logging
+
+        logging.getLogger("densemixer").warning(
+            "%s was set after %s had been imported. That is too late: models are trained without DenseMixer. Set it "
+            "before the program imports anything of transformers, or start the program with it: %s=1 python ...",
+            ENABLED,
+            " and ".join(imported),
+            ENABLED,
+        )
 
 
 def _warn(name: str, error: Exception) -> None:

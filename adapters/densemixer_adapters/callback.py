@@ -6,10 +6,14 @@ source isn't touched, the option ``metrics`` has `patch_trainer` add it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 from typing import Any
 
+import torch.distributed as dist
+import transformers.trainer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -29,13 +33,17 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
     the routing is compared with that at the start of ``train()``. Each log costs one more forward, without gradients,
     of one micro-batch. Progress bars print the metrics over all layers alone.
 
-    Training is the same bit for bit, with it and without.
+    Training is the same bit for bit, with it and without. However ``train()`` ends, Trainer and model are left as they
+    were. If measuring fails, it ends with a warning, and training goes on; on several ranks, which wait for each other
+    in it, it is an error.
     """
 
     def __init__(self) -> None:
+        patch_trainer(transformers.trainer)
         self._metrics: RouterMetrics | None = None
         self._due: dict[str, float] = {}
-        self._last: dict[str, float] = {}
+        self._curves: dict[str, list[tuple[int, float]]] = {}
+        self._first_step = 0
         self._last_step = -1
         self._original_log: Any = None
 
@@ -60,15 +68,16 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
                 "measure. Call apply_densemixer(model) before Trainer.train, or leave the callback out."
             )
         self._metrics = RouterMetrics(layers, model)
-        self._last, self._last_step = {}, -1
+        self._curves, self._first_step, self._last_step = {}, state.global_step, -1
         self._original_log = Trainer.log
         Trainer.log = _with_metrics(Trainer.log)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._metrics is not None:
-            self._metrics.start_step()
+        with self._observing() as metrics:
+            if metrics is not None:
+                metrics.start_step()
 
     def on_pre_optimizer_step(
         self,
@@ -78,15 +87,16 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self._metrics is None:
-            return
-        if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
-            # It has stepped already, by copies in float32. For fp16 it scales the loss by a factor of its own, and may
-            # have changed that by now.
-            self._metrics.before_update(None, None if args.fp16 else 1.0)
-            return
-        scaler = getattr(optimizer, "scaler", None)
-        self._metrics.before_update(optimizer, 1.0 if scaler is None else scaler.get_scale())
+        with self._observing() as metrics:
+            if metrics is None:
+                return
+            if type(optimizer).__name__ == "DeepSpeedOptimizerWrapper":
+                # It has stepped already, by copies in float32. For fp16 it scales the loss by a factor of its own, and
+                # may have changed that by now.
+                metrics.before_update(None, None if args.fp16 else 1.0)
+                return
+            scaler = getattr(optimizer, "scaler", None)
+            metrics.before_update(optimizer, 1.0 if scaler is None else scaler.get_scale())
 
     def on_optimizer_step(
         self,
@@ -96,8 +106,9 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        if self._metrics is not None:
-            self._metrics.after_update(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
+        with self._observing() as metrics:
+            if metrics is not None:
+                metrics.after_update(skipped=bool(getattr(optimizer, "step_was_skipped", False)))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if control.should_log:
@@ -127,8 +138,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         """Warn if DenseMixer has done nothing, and stop watching."""
         if self._last_step < state.global_step:
             self._measure(state)
-        verdict = judge({name.removeprefix(PREFIX): value for name, value in self._last.items()})
-        if state.is_world_process_zero and self._last and not verdict.works:
+        verdict = judge(self._curves)
+        if state.is_world_process_zero and verdict.works is False:
             logger.warning("%s.", verdict.text)
         self.close()
 
@@ -147,14 +158,34 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         self._due = {}
 
     def _measure(self, state: TrainerState) -> None:
-        if self._metrics is None or self._last_step == state.global_step:
+        if self._last_step == state.global_step:
             return
-        self._last_step = state.global_step
-        self._last = self._due = self._metrics.measure()
+        with self._observing() as metrics:
+            if metrics is not None:
+                self._due = metrics.measure()
+                self._last_step = state.global_step
+                for name, value in self._due.items():
+                    if "/" not in (metric := name.removeprefix(PREFIX)):  # over all layers
+                        self._curves.setdefault(metric, []).append((state.global_step - self._first_step, value))
+
+    @contextlib.contextmanager
+    def _observing(self) -> Iterator[RouterMetrics | None]:
+        """An observer doesn't stop training."""
+        try:
+            yield self._metrics
+        except Exception as error:
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                raise
+            self.close()
+            logger.warning(
+                "DenseMixer: no router metrics from here on, since measuring them failed (%s: %s). Training goes on.",
+                type(error).__name__,
+                error,
+            )
 
 
 def patch_trainer(module: Any) -> None:
-    """Have the Trainer add the callback as it starts to train a model whose layers have the option ``metrics``.
+    """Have the Trainer add the callback where a layer has the option ``metrics``, and close it however training ends.
 
     Args:
         module: ``transformers.trainer``.
@@ -166,19 +197,22 @@ def patch_trainer(module: Any) -> None:
     @functools.wraps(original)
     def train(self: Any, *args: Any, **kwargs: Any) -> Any:
         callbacks = self.callback_handler.callbacks
+        added = []
         wanted = any(layer.config.metrics for layer in attached_layers(self.model))
-        if not wanted or any(isinstance(callback, DenseMixerCallback) for callback in callbacks):
-            return original(self, *args, **kwargs)
-        printers = [
-            p for p, callback in enumerate(callbacks) if isinstance(callback, PrinterCallback | ProgressCallback)
-        ]
-        ours = DenseMixerCallback()
-        callbacks.insert(printers[0] if printers else len(callbacks), ours)
+        if wanted and not any(isinstance(callback, DenseMixerCallback) for callback in callbacks):
+            printers = [
+                p for p, callback in enumerate(callbacks) if isinstance(callback, PrinterCallback | ProgressCallback)
+            ]
+            added.append(DenseMixerCallback())
+            callbacks.insert(printers[0] if printers else len(callbacks), added[0])
         try:
             return original(self, *args, **kwargs)
         finally:
-            ours.close()
-            callbacks.remove(ours)
+            for callback in callbacks:
+                if isinstance(callback, DenseMixerCallback):
+                    callback.close()
+            for callback in added:
+                callbacks.remove(callback)
 
     train.densemixer = True  # type: ignore[attr-defined]
     module.Trainer.train = train

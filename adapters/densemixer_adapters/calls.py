@@ -142,8 +142,8 @@ def _warn_of_experts_alone(experts: nn.Module, output: Any) -> None:
         return
     _warned_of.add(experts)
     logger.warning(
-        "DenseMixer adds nothing where experts (%s) are called by themselves, or through their block's `forward` instead "
-        "of the block: such a call trains as without DenseMixer. Call the block as a module.",
+        "DenseMixer adds nothing where experts (%s) are called by themselves, or through their block's `forward` "
+        "instead of the block: such a call trains as without DenseMixer. Call the block as a module.",
         type(experts).__name__,
     )
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from densemixer_adapters import _boot, site_hook
 from densemixer_adapters.doctor import examine
+from densemixer_adapters.printable import one_line, printable
 
 app = typer.Typer(help="DenseMixer in training frameworks.", no_args_is_help=True, add_completion=False)
 
@@ -33,9 +37,10 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print the repor
     else:
         width = max(len(check.name) for check in checks)
         for check in checks:
-            typer.echo(f"{typer.style(f'{check.state:8}', COLOURS[check.state])}{check.name:{width}}  {check.detail}")
+            state = typer.style(f"{check.state:8}", COLOURS[check.state])
+            typer.echo(f"{state}{check.name:{width}}  {printable(check.detail)}")
             if check.fix:
-                typer.echo(f"{'':{8 + width}}  fix: {check.fix}")
+                _say(f"{'':{8 + width}}  fix: {check.fix}")
     if any(check.state == "problem" for check in checks):
         raise typer.Exit(1)
 
@@ -51,22 +56,23 @@ def inspect(
 
     Reads the configuration alone, no weights. The exit status is 1 if the model isn't supported, 2 if it can't be read.
     """
-    from densemixer_adapters.inspection import inspect_model
+    with _reading(checkpoint):
+        from densemixer_adapters.inspection import build_empty, inspect_model
 
-    report = inspect_model(_build(checkpoint))
+        report = inspect_model(build_empty(checkpoint))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(report), indent=2))
     elif not report.supported:
-        typer.echo(f"{report.model} ({report.model_type}): not supported\n{report.reason}")
+        _say(f"{report.model} ({report.model_type}): not supported", report.reason)
     else:
         weights = "renormalised over the selected experts" if report.renormalised else "not renormalised"
-        typer.echo(
-            f"{report.model} ({report.model_type}): supported\n"
-            f"layers           {len(report.layers)}: {report.layers[0]} to {report.layers[-1]}\n"
-            f"experts          {report.experts}, of which a token goes through {report.selected}\n"
-            f"router           {report.router}: {report.score}, {weights}\n"
-            f"LoRA             modules_to_save={list(report.modules_to_save)} trains the routers in full,\n"
-            f"                 target_parameters={list(report.target_parameters)} through an adapter"
+        _say(
+            f"{report.model} ({report.model_type}): supported",
+            f"layers           {len(report.layers)}: {report.layers[0]} to {report.layers[-1]}",
+            f"experts          {report.experts}, of which a token goes through {report.selected}",
+            f"router           {report.router}: {report.score}, {weights}",
+            f"LoRA             modules_to_save={list(report.modules_to_save)} trains the routers in full,",
+            f"                 target_parameters={list(report.target_parameters)} through an adapter",
         )
     if not report.supported:
         raise typer.Exit(1)
@@ -75,7 +81,7 @@ def inspect(
 @app.command()
 def cost(
     checkpoint: Checkpoint,
-    sequence: Annotated[int, typer.Option("--seq-len", min=1, help="Tokens of a sequence.")] = 4096,
+    sequence: Annotated[int, typer.Option("--seq-len", min=1, max=1 << 40, help="Tokens of a sequence.")] = 4096,
     budgets: Annotated[
         list[float], typer.Option("--budget", help="The option `budget` of DenseMixer; may be given several times.")
     ] = [1.0, 0.25, 0.125, 0.0625],  # noqa: B006  # typer's way; it isn't changed
@@ -86,7 +92,6 @@ def cost(
     Reads the configuration alone. The formulas are in densemixer_adapters/inspection.py. The exit status is 1 if the
     model isn't supported, 2 if it can't be read.
     """
-    from densemixer_adapters.inspection import estimate
     from densemixer_adapters.layer import UnsupportedModelError
     from densemixer_core import DenseMixerConfig
 
@@ -94,11 +99,14 @@ def cost(
         configs = [DenseMixerConfig(budget=budget) for budget in budgets]
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    model = _build(checkpoint)
     try:
-        found = [estimate(model, sequence, config) for config in configs]
+        with _reading(checkpoint):
+            from densemixer_adapters.inspection import build_empty, estimate
+
+            model = build_empty(checkpoint)
+            found = [estimate(model, sequence, config) for config in configs]
     except UnsupportedModelError as error:
-        typer.echo(f"densemixer cost: {error}", err=True)
+        _say(f"densemixer cost: {error}", err=True)
         raise typer.Exit(1) from None
     forward = found[0].forward
     if as_json:
@@ -126,14 +134,25 @@ def cost(
         )
 
 
-def _build(checkpoint: str) -> Any:
-    from densemixer_adapters.inspection import build_empty
+@contextlib.contextmanager
+def _reading(checkpoint: str) -> Iterator[None]:
+    """Ends with a line and status 2 where a configuration can't be used: it may be anything, and so may the error."""
+    from densemixer_adapters.layer import UnsupportedModelError
 
     try:
-        return build_empty(checkpoint)
-    except (OSError, ValueError) as error:
-        typer.echo(f"densemixer: can't read the configuration of {checkpoint}: {error}", err=True)
+        yield
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        _say(f"densemixer: can't use the configuration of {checkpoint}: {kind}{one_line(error)}", err=True)
         raise typer.Exit(2) from None
+
+
+def _say(*lines: str, err: bool = False) -> None:
+    """Print lines, of which parts may be from files that others wrote."""
+    for line in lines:
+        typer.echo(printable(line), err=err)
 
 
 @app.command()
@@ -149,19 +168,21 @@ def report(
 ) -> None:
     """Say whether DenseMixer did anything in a run, and draw its router metrics.
 
-    Reads trainer_state.json (HF Trainer, LLaMA-Factory, TRL), of the newest checkpoint if the run has none, or what
-    verl's logger `file` wrote. The exit status is 1 if the run has no router metrics, 2 if it can't be read.
+    Reads trainer_state.json (HF Trainer, LLaMA-Factory, TRL), of the checkpoint with the most steps if the run has none
+    itself, or what verl's logger `file` wrote. What it can't read it leaves out, and says so. The exit status is 1 if
+    the run has no router metrics, 2 if it can't be read.
     """
     from densemixer_adapters.report import UnreadableRunError, read_run, write
     from densemixer_adapters.report import as_json as to_json
 
     try:
-        series = read_run(run_dir)
+        found = read_run(run_dir)
     except UnreadableRunError as error:
-        typer.echo(f"densemixer report: {error}", err=True)
+        _say(f"densemixer report: {error}", err=True)
         raise typer.Exit(2) from None
-    if not series:
-        typer.echo(
+    _say(*(f"densemixer report: left out: {file}" for file in found.left_out), err=True)
+    if not found.series:
+        _say(
             f"densemixer report: {run_dir} has no router metrics. Switch them on for the next run with the option "
             "metrics: `densemixer: {metrics: true}` in LLaMA-Factory, DENSEMIXER_METRICS=1 with DENSEMIXER_ENABLED=1, "
             "callbacks=[DenseMixerCallback()] for a Trainer, +...override_config.densemixer='{metrics: true}' in verl.",
@@ -169,19 +190,18 @@ def report(
         )
         raise typer.Exit(1)
     if as_json:
-        typer.echo(to_json(series))
+        typer.echo(to_json(found.series))
         return
-    for one in series:
-        typer.echo(f"{one.name}: {one.verdict.text}" if one.name else one.verdict.text)
+    _say(*(f"{one.name}: {one.verdict.text}" if one.name else one.verdict.text for one in found.series))
     try:
-        written = write(series, output or (run_dir if run_dir.is_dir() else run_dir.parent))
+        written = write(found.series, output or (run_dir if run_dir.is_dir() else run_dir.parent))
     except ImportError:
-        typer.echo("densemixer report: drawing needs matplotlib: pip install matplotlib; or use --json", err=True)
+        _say("densemixer report: drawing needs matplotlib: pip install matplotlib; or use --json", err=True)
         raise typer.Exit(2) from None
     except OSError as error:
-        typer.echo(f"densemixer report: can't write the report: {error}; choose a folder with --output", err=True)
+        _say(f"densemixer report: can't write the report: {error}; choose a folder with --output", err=True)
         raise typer.Exit(2) from None
-    typer.echo(f"Wrote {' and '.join(map(str, written))}.")
+    _say(f"Wrote {' and '.join(map(str, written))}.")
 
 
 @app.command()
@@ -231,18 +251,28 @@ def run(context: typer.Context) -> None:
 
     It sets DENSEMIXER_ENABLED=1, unless that variable is set already, and has the hooks live also where an install's
     .pth files don't run. With DENSEMIXER_ENABLED=0 only a framework's own switch switches DenseMixer on. The exit
-    status is COMMAND's, or 127 if there is no such command.
+    status is COMMAND's, 127 if there is no such command, or 126 if it can't be run.
     """
     command = context.args
     if not command:
         raise typer.BadParameter("give a command, e.g. densemixer run -- python train.py")
     if _boot.is_switched_off():
         raise typer.BadParameter(f"{_boot.SWITCH}={os.environ[_boot.SWITCH]} switches the hooks off; unset it")
-    if shutil.which(command[0]) is None:
-        typer.echo(f"densemixer run: command not found: {command[0]}", err=True)
-        raise typer.Exit(127)
+    program = shutil.which(command[0])
+    if program is None:
+        cannot = os.path.dirname(command[0]) and os.path.lexists(command[0])
+        _say(f"densemixer run: {'cannot execute' if cannot else 'command not found'}: {command[0]}", err=True)
+        raise typer.Exit(126 if cannot else 127)
     path = os.pathsep.join(filter(None, [str(STARTUP), os.environ.get("PYTHONPATH")]))
-    os.execvpe(command[0], command, {_boot.ENABLED: "1", **os.environ, "PYTHONPATH": path})
+    enabled = os.environ.get(_boot.ENABLED, "").strip() or "1"
+    environment = {**os.environ, _boot.ENABLED: enabled, "PYTHONPATH": path}
+    try:
+        os.execve(program, command, environment)
+    except OSError as error:
+        if error.errno == errno.ENOEXEC:  # a script without `#!`: shells run it themselves
+            os.execve("/bin/sh", ["sh", program, *command[1:]], environment)
+        _say(f"densemixer run: cannot execute: {command[0]}: {error.strerror}", err=True)
+        raise typer.Exit(126) from None
 
 
 if __name__ == "__main__":

@@ -1,18 +1,23 @@
-"""What is installed, which hooks are live, and what to do about each problem."""
+"""What is installed, which hooks are live, what the environment says, and what to do about each problem."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
 import importlib.util
+import json
+import os
 import platform
+import re
 import shutil
 import site
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -20,6 +25,8 @@ from packaging.utils import canonicalize_name
 from densemixer_adapters import _boot, site_hook
 
 DISTRIBUTION = "densemixer-adapters"
+ORIGINAL = "densemixer"
+"""The original package; its command, like ours."""
 STARTUP_FILES = ("densemixer.pth", "densemixer.start", site_hook.FILE)
 LAUNCHERS = {"llamafactory": ("llamafactory-cli", "torchrun")}
 """The commands that start a framework's processes, by its distribution."""
@@ -45,7 +52,10 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """Look at this interpreter and its environment. Imports none of the frameworks."""
+    """Look at this interpreter and its environment.
+
+    Imports none of the frameworks, but for transformers where the environment names model types.
+    """
     installed: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
         if distribution.metadata["Name"]:  # the first on the path is the one that gets imported
@@ -54,6 +64,9 @@ def examine() -> list[Check]:
         Check("python", "ok", f"{platform.python_version()} at {sys.executable}"),
         _package(),
         _startup(),
+        *_command(),
+        *_original(installed),
+        *check_environment(os.environ),
         *_libraries(installed),
         *_hooks(installed),
         *_launchers(installed),
@@ -78,13 +91,96 @@ def _startup() -> Check:
     found = [str(Path(folder, file)) for folder in folders for file in STARTUP_FILES if Path(folder, file).exists()]
     if found:
         detail = f"not live, though {found[0]} exists (python -S?)"
-        return Check(name, "problem", detail, f"pip install --force-reinstall {DISTRIBUTION}")
+        return Check(name, "problem", detail, _reinstall())
     return Check(
         name,
         "problem",
         "not live: installed in a folder where Python runs no .pth files (e.g. pip install --target)",
         "`densemixer setup` writes one there where they run; or start your command with `densemixer run -- COMMAND`",
     )
+
+
+def _reinstall() -> str:
+    """The command that installs this package anew, from where it was installed from."""
+    source = DISTRIBUTION
+    try:
+        origin = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")  # PEP 610
+    except importlib.metadata.PackageNotFoundError:
+        origin = None
+    if origin is not None:
+        url = urlsplit(json.loads(origin)["url"])
+        path = url2pathname(url.path)
+        if url.scheme == "file" and Path(path).exists():
+            source = f'"{path}"'
+    return f"pip install --force-reinstall --no-deps {source}"
+
+
+def _command() -> Iterator[Check]:
+    """Whether the command is ours: the original package has one of the same name, and both installs write it.
+
+    Only where pip installs commands into this environment's own folder: not after ``pip install --target``.
+    """
+    file = Path(sysconfig.get_path("scripts"), ORIGINAL)
+    site_packages = Path(sysconfig.get_path("purelib"))
+    if not any(site_packages.glob(f"{DISTRIBUTION.replace('-', '_')}-*.dist-info")):
+        return
+    name = f"command {ORIGINAL}"
+    fix = f"{_reinstall()}; `python -m densemixer_adapters` is the same command"
+    if not file.exists():
+        yield Check(name, "problem", f"{file} is gone: whoever uninstalls the original deletes it", fix)
+    elif "densemixer_adapters" in file.read_text(errors="replace"):
+        yield Check(name, "ok", str(file))
+    else:
+        yield Check(name, "problem", f"{file} is the original's, which was installed last", fix)
+
+
+def _original(installed: dict[str, str]) -> Iterator[Check]:
+    """Whether the original package is installed, and who imports it."""
+    if ORIGINAL not in installed:
+        return
+    name = f"original {ORIGINAL}"
+    fix = f"pip uninstall {ORIGINAL} && {_reinstall()} (the latter, as uninstalling deletes the command of both)"
+    detail = f"{installed[ORIGINAL]} is installed beside {DISTRIBUTION}"
+    spec = importlib.util.find_spec("usercustomize") if site.ENABLE_USER_SITE else None
+    file = None if spec is None or spec.origin is None else Path(spec.origin)
+    if file is not None and re.search(rf"\bimport {ORIGINAL}\b", file.read_text(errors="replace")):
+        detail += (
+            f", and {file} imports it: {_boot.ENABLED}=1 switches both on, and then Qwen3-MoE, Qwen2-MoE and OLMoE "
+            "can't be trained"
+        )
+        yield Check(name, "problem", detail, fix)
+    else:
+        detail += f"; only the latter is active, unless a program that runs with {_boot.ENABLED}=1 imports the original"
+        yield Check(name, "note", detail, fix)
+
+
+def check_environment(environ: Mapping[str, str]) -> Iterator[Check]:
+    """What the variables say, read as they are where DenseMixer is on."""
+    name = "environment"
+    ours = sorted(variable for variable in environ if variable.startswith("DENSEMIXER_"))
+    if not ours:
+        yield Check(name, "ok", "no variable of DenseMixer is set")
+        return
+    try:
+        from densemixer_adapters.environment import read_settings, read_switch
+
+        enabled = read_switch(environ, _boot.ENABLED, False)
+        read_switch(environ, _boot.SWITCH, True)
+        read_settings({**environ, _boot.ENABLED: "1"})
+    except ImportError as error:
+        yield Check(name, "note", f"{', '.join(ours)}: can't be checked ({error})")
+        return
+    except ValueError as error:
+        yield Check(name, "problem", str(error), "correct or unset it")
+        return
+    values = ", ".join(f"{variable}={environ[variable]}" for variable in ours)
+    if not environ.get(_boot.ENABLED, "0").strip():
+        detail = f"{_boot.ENABLED} is set, but empty, and so switches nothing on"
+        yield Check(name, "note", detail, f"export {_boot.ENABLED}=1, or unset it")
+    elif not enabled and set(ours) - {_boot.ENABLED, _boot.SWITCH}:
+        yield Check(name, "note", f"{values}: no effect without {_boot.ENABLED}=1", f"export {_boot.ENABLED}=1")
+    else:
+        yield Check(name, "ok", values)
 
 
 def _libraries(installed: dict[str, str]) -> Iterator[Check]:
@@ -113,7 +209,7 @@ def _libraries(installed: dict[str, str]) -> Iterator[Check]:
 
 def _hooks(installed: dict[str, str]) -> Iterator[Check]:
     """Each module that we patch, if its framework is installed: whether this version has it."""
-    for module in _boot.PATCHES:
+    for module in _boot.patches():
         framework, *inner = module.split(".")
         distribution = DISTRIBUTIONS.get(framework, framework)
         if distribution not in installed:
@@ -121,6 +217,8 @@ def _hooks(installed: dict[str, str]) -> Iterator[Check]:
         spec = importlib.util.find_spec(framework)  # of a top-level package: doesn't import it
         folders = [] if spec is None else spec.submodule_search_locations or []
         if not any(Path(folder, *inner).with_suffix(".py").exists() for folder in folders):
+            if module in _boot.IN_SOME_VERSIONS:
+                continue
             detail = f"{distribution} {installed[distribution]} has no such module"
             yield Check(f"hook {module}", "problem", detail, f'pip install "{DISTRIBUTION}[{framework}]"')
         elif _boot.is_live():

@@ -12,29 +12,32 @@ DenseMixer, and where it says no.
 ``DENSEMIXER_QWEN3``      ``0`` leaves out Qwen3-MoE; ``DENSEMIXER_QWEN2`` and ``DENSEMIXER_OLMOE`` likewise (they are
                           the original's)
 ``DENSEMIXER_ESTIMATOR``  and so on: a field of `densemixer_core.DenseMixerConfig` each
-``DENSEMIXER_LOG_LEVEL``  the level of the logger ``densemixer``, e.g. ``warning``
+``DENSEMIXER_LOG_LEVEL``  the level of the logger ``densemixer``, ``info`` if unset: a line for each model, on rank 0.
+                          Where the program's logging doesn't show it, it is on standard error
 ========================  ==========================================================================================
+
+Where it is on, any other name that begins with ``DENSEMIXER_`` is an error: it would be a misspelt one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import functools
-import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from densemixer_adapters._boot import ENABLED
+from densemixer_adapters.announce import announce, describe, show_log
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers, has_experts
+from densemixer_adapters.transformers import UnsupportedModelError, has_experts
+from densemixer_adapters.transformers import attach as attach_densemixer
 from densemixer_core import DenseMixerConfig
-from densemixer_core.config import read_flag
-
-logger = logging.getLogger("densemixer")
+from densemixer_core.config import ENVIRONMENT_PREFIX, read_flag
 
 MODELS = "DENSEMIXER_MODELS"
 LOG_LEVEL = "DENSEMIXER_LOG_LEVEL"
@@ -48,6 +51,7 @@ MODEL_SWITCHES = {
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 _loading = contextvars.ContextVar("densemixer_loading", default=False)
+"""Whether models are loaded that are none of our business."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Settings:
         only: The model types to attach to, None for all.
         never: Model types to leave alone.
         config: The options.
-        log_level: The level of the logger ``densemixer``, None to leave it alone.
+        log_level: The level of the logger ``densemixer``, None for ``info`` unless the program has set one.
     """
 
     enabled: bool
@@ -73,12 +77,15 @@ class Settings:
 
 
 def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
-    """Read all variables.
+    """Read all variables; where DenseMixer is off, no other one counts.
 
     Raises:
-        ValueError: A variable's value is wrong. The message names the variable.
+        ValueError: A variable's value is wrong, or its name. The message names the variable.
     """
     environ = os.environ if environ is None else environ
+    if not read_switch(environ, ENABLED, False):
+        return Settings(False, None, frozenset(), DenseMixerConfig(), None)
+    config = DenseMixerConfig.from_environment(environ)
     named = {name.strip() for name in environ.get(MODELS, "").split(",")} - {""}
     if unknown := named - known_model_types():
         raise ValueError(f"environment variable {MODELS}: {', '.join(sorted(unknown))}: no such model type")
@@ -86,12 +93,27 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     if level not in (None, *LEVELS):
         raise ValueError(f"environment variable {LOG_LEVEL}={environ[LOG_LEVEL]!r}: must be one of {', '.join(LEVELS)}")
     return Settings(
-        enabled=_flag(environ, ENABLED, False),
+        enabled=True,
         only=frozenset(named) if named else None,
-        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not _flag(environ, name, True)),
-        config=DenseMixerConfig.from_environment(environ),
+        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not read_switch(environ, name, True)),
+        config=config,
         log_level=level,
     )
+
+
+def read_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
+    """Whether a variable is on; an empty one is off.
+
+    Raises:
+        ValueError: It is no word for on or off. The message names the variable.
+    """
+    text = environ.get(name)
+    if text is None:
+        return default
+    try:
+        return bool(text.strip()) and read_flag(text)
+    except ValueError as error:
+        raise ValueError(f"environment variable {name}={text!r}: {error}") from None
 
 
 def known_model_types() -> set[str]:
@@ -111,27 +133,35 @@ def patch_modeling_utils(module: Any) -> None:
 def _attaching(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_and_attach(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if _loading.get():  # a part of a model that is being loaded
+        if _loading.get():
             return load(cls, *args, **kwargs)
         settings = read_settings()  # a wrong value is an error before minutes of loading
-        if settings.log_level:
-            logger.setLevel(settings.log_level)
-        token = _loading.set(True)
-        try:
+        if settings.enabled:
+            show_log(settings.log_level)
+        with left_alone():  # a part of the model may be loaded by itself
             result = load(cls, *args, **kwargs)
-        finally:
-            _loading.reset(token)
         attach(result[0] if isinstance(result, tuple) else result, settings)
         return result
 
     return load_and_attach
 
 
+@contextlib.contextmanager
+def left_alone() -> Iterator[None]:
+    """Models that are loaded herein are not attached to: a framework's own switch says what becomes of them."""
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
+
+
 def attach(model: nn.Module, settings: Settings) -> None:
-    """Attach DenseMixer if the settings want it for this model and it has experts.
+    """Attach DenseMixer if the settings want it for this model and it has experts; say so either way.
 
     Raises:
         UnsupportedModelError: It has experts that DenseMixer can't train. The message says how to leave it out.
+        ValueError: The options select layers that the model doesn't have.
     """
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -139,31 +169,18 @@ def attach(model: nn.Module, settings: Settings) -> None:
     if not settings.wants(model_type):
         return
     if not has_experts(model):
-        logger.info("%s=1: %s has no Mixture-of-Experts layers, so nothing is attached", ENABLED, type(model).__name__)
+        announce(f"{ENABLED}=1: {type(model).__name__} has no Mixture-of-Experts layers, so nothing is attached")
         return
     try:
-        handle = apply_densemixer(model, settings.config)
+        handle = attach_densemixer(model, settings.config)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{ENABLED}=1: {error} To train other model types only, name them in {MODELS}."
         ) from None
+    except ValueError as error:
+        raise ValueError(f"environment variable {ENVIRONMENT_PREFIX}LAYERS: {error}") from None
+    announce(describe(model, handle.layers))
+    handle.warn_of_frozen_routers()
     handle.gives_way = True
     if is_deepspeed_zero3_enabled():
         mark_leaf_modules(handle)
-
-
-def detach(model: nn.Module) -> None:
-    """Remove what `attach` attached, and nothing else: a framework's own switch says no."""
-    for layer in attached_layers(model):
-        if layer.handle is not None and layer.handle.gives_way:
-            layer.handle.remove()
-
-
-def _flag(environ: Mapping[str, str], name: str, default: bool) -> bool:
-    text = environ.get(name)
-    if text is None:
-        return default
-    try:
-        return bool(text.strip()) and read_flag(text)
-    except ValueError as error:
-        raise ValueError(f"environment variable {name}={text!r}: {error}") from None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from densemixer_adapters.host_experts import is_split, is_stacked, unwrap, weight_names
 from densemixer_adapters.layer import DenseMixerLayer, UnsupportedModelError
+from densemixer_adapters.original import refuse_patched
 from densemixer_adapters.routers import is_refused, left_to_the_host, router_of
 from densemixer_adapters.weights import why_unreadable
 from densemixer_core import DenseMixerConfig
@@ -44,6 +45,7 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
         return
     for name, block, router_name in (blocks[position] for position in config.positions(len(blocks))):
         where = f"{name or type(model).__name__} ({type(block).__name__})"
+        refuse_patched(block, where)
         router = unwrap(block.get_submodule(router_name))
         try:
             spec = router_of(router, block)

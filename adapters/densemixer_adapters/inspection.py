@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer
+from densemixer_adapters.cost import extra_operations, selected_experts
+from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
 from densemixer_core import DenseMixerConfig
 
 
@@ -86,19 +87,47 @@ class Cost:
 def build_empty(path: str) -> Any:
     """The language model of a checkpoint's folder or hub id, on the meta device.
 
-    Raises:
-        OSError: There is no configuration.
-        ValueError: transformers doesn't know the model.
-    """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    Runs no code of the checkpoint's, and loads no kernels that its configuration names.
 
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    Raises:
+        ValueError: It is no configuration, or of a model that transformers itself doesn't know.
+        Exception: Whatever transformers raises for a value that it can't use.
+    """
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        AutoModelForCausalLM,
+        PreTrainedConfig,
+    )
+
+    try:
+        found, _ = PreTrainedConfig.get_config_dict(path)
+    except (TypeError, AttributeError):  # what versions of transformers make of a number or a list there
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError("config.json is no JSON object")
+    if "auto_map" in found and found.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers doesn't know its model type {found.get('model_type')!r}, and code that comes with a "
+            "checkpoint isn't run here"
+        )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"transformers has no AutoModelForCausalLM of {config.model_type!r}, and no other class is read"
+        )
+    config._attn_implementation = config._experts_implementation = "eager"
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def inspect_model(model: Any) -> Report:
-    """Look at a model, which may be on the meta device."""
+    """Look at a model, which may be on the meta device.
+
+    Raises:
+        ValueError: A token goes through none of its experts, or through more than there are.
+    """
     name, model_type = type(model).__name__, model.config.model_type
     try:
         layers = _layers(model)
@@ -115,7 +144,7 @@ def inspect_model(model: Any) -> Report:
         score=first.score,
         renormalised=first.renormalised,
         experts=first.matrices[0][0],
-        selected=selected(model, first),
+        selected=_selected(model, first),
         modules_to_save=(router,),
         target_parameters=tuple(f"{router}.{name}" for name, p in first.router.named_parameters() if p.dim() == 2),
     )
@@ -126,10 +155,11 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
 
     Raises:
         UnsupportedModelError: DenseMixer can't train it.
-        ValueError: The options select layers that it doesn't have.
+        ValueError: The options select layers that it doesn't have, or a token goes through none of its experts, or
+            through more than there are.
     """
     options = config or DenseMixerConfig()
-    share = {id(layer.experts): selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
+    share = {id(layer.experts): _selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
     forward = _attention(model, sequence)
     for module in model.modules():
         if not isinstance(module, nn.Embedding):
@@ -137,33 +167,40 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
             forward += 2 * matrices * share.get(id(module), 1.0)
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
-    extra, saved = 0.0, []
-    for layer in _layers(model, options):
-        experts, chosen = layer.matrices[0][0], selected(model, layer)
-        extra += layer.extra_operations * (1 - chosen / experts if options.budget < 1 else 1)
+    layers, saved = _layers(model, options), []
+    for layer in layers:
         centered = options.estimator == "centered" and layer.renormalised
         # For ⟨g, y⟩: the selected experts' scores, or a copy of the output where not all experts are evaluated.
-        kept = 4 * chosen if options.budget == 1 else model.config.get_text_config().hidden_size * model.dtype.itemsize
-        saved.append(4 * (experts + 1) + (4 + kept if centered else 0))
-    return Cost(forward, extra, sum(saved), max(saved))
+        hidden = model.config.get_text_config().hidden_size * model.dtype.itemsize
+        kept = 4 * _selected(model, layer) if options.budget == 1 else hidden
+        saved.append(4 * (layer.matrices[0][0] + 1) + (4 + kept if centered else 0))
+    return Cost(forward, extra_operations(model, layers), sum(saved), max(saved))
 
 
-def selected(model: Any, layer: DenseMixerLayer) -> int:
-    """How many experts a token of a layer goes through."""
-    for owner in (layer.router, layer.block):
-        for name in ("top_k", "num_experts_per_tok"):
-            if isinstance(value := getattr(owner, name, None), int):
-                return value
-    return int(model.config.get_text_config().num_experts_per_tok)
+def _selected(model: Any, layer: DenseMixerLayer) -> int:
+    """How many experts a token of a layer goes through.
+
+    Raises:
+        ValueError: None, or more than there are.
+    """
+    experts, selected = layer.matrices[0][0], selected_experts(model, layer) or 0
+    if not 0 < selected <= experts:
+        raise ValueError(f"{layer.name}: a token goes through {selected} of {experts} experts")
+    return selected
 
 
 def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
-    with apply_densemixer(model, config) as handle:
+    with attach(model, config) as handle:
         return handle.layers
 
 
 def _attention(model: Any, sequence: int) -> float:
     config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return float(config.num_hidden_layers * 4 * (sequence / 2) * heads * head_dim)
+    # Where layers differ in their heads, the configuration has one of its own for each.
+    layers = getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers
+    operations = 0.0
+    for layer in layers:
+        heads = layer.num_attention_heads
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        operations += 4 * (sequence / 2) * heads * head_dim
+    return operations

@@ -309,7 +309,7 @@ class DenseMixerLayer:
         with _lock:
             self._pairs_left_out = count if self._pairs_left_out is None else self._pairs_left_out + count
         if self.handle is not None:
-            self.handle.warn_of_overflow(count)
+            self.handle.warn_of_overflow(self.name, count)
 
     def experts_written_to(self) -> None:
         """Called by the core."""
@@ -393,7 +393,7 @@ class DenseMixerLayer:
             self._check_output(call, stacked, x, index, weights, output)
             if not told:
                 return
-        self._signature, self._until_check = call.signature, EVERY
+        self._signature, self._until_check = call.signature, EVERY - 1
 
     def _check_output(
         self, call: Call, stacked: StackedExperts, x: Tensor, index: Tensor, weights: Tensor, output: Tensor

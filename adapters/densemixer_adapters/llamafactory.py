@@ -15,25 +15,19 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
+from densemixer_adapters.announce import describe
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.environment import detach
-from densemixer_adapters.transformers import apply_densemixer
+from densemixer_adapters.environment import left_alone
+from densemixer_adapters.switch import quotes
+from densemixer_adapters.transformers import DenseMixerHandle, UnsupportedModelError, attach, attached_handle
 from densemixer_core import DenseMixerConfig
-
-_MORE_LAYERS = "more layers in freeze_trainable_layers, or `densemixer: {{layers: ...}}` to those that you train"
-FIXES = {
-    "lora": "additional_target: {router}",
-    "oft": "additional_target: {router}",
-    "freeze": _MORE_LAYERS,
-    "v1 lora": "modules_to_save: [{router}] in peft_config",
-    "v1 freeze": _MORE_LAYERS,
-}
-"""What to set to make a frozen router trainable, by type of fine-tuning."""
 
 
 def patch_finetuning_args(module: Any) -> None:
@@ -56,14 +50,14 @@ def patch_loader(module: Any) -> None:
     ) -> Any:
         # The key is missing if its patch failed, which must not stop those who don't use it.
         use = getattr(finetuning_args, "use_densemixer", None)
-        train = is_trainable and use
-        if train:
+        if is_trainable and use:
             _check_model_args(model_args)
-        model = original(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
-        if train:
-            _attach(model, finetuning_args.densemixer, _logger(), FIXES.get(finetuning_args.finetuning_type))
-        elif use is False:
-            detach(model)
+        with nullcontext() if use is None else left_alone():
+            model = original(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
+        if is_trainable and use:
+            _attach(model, finetuning_args.densemixer, _logger())
+        if is_trainable and (handle := attached_handle(model)):
+            _warn_of_frozen_routers(handle, _fix(handle, finetuning_args))
         return model
 
     load_model.densemixer = True  # type: ignore[attr-defined]
@@ -77,13 +71,13 @@ def patch_v1_model_engine(module: Any) -> None:
 
     @functools.wraps(original)
     def _init_model(self: Any) -> Any:
-        model = original(self)
         use = getattr(self.args, "use_densemixer", None)
+        with nullcontext() if use is None else left_alone():
+            model = original(self)
         if self.is_train and use:
-            fix = FIXES.get(f"v1 {self.args.peft_config.name}") if self.args.peft_config else None
-            _attach(model, self.args.densemixer, _v1_logger(), fix)
-        elif use is False:
-            detach(model)
+            _attach(model, self.args.densemixer, _v1_logger())
+        if self.is_train and self.args.peft_config and (handle := attached_handle(model)):
+            _warn_of_frozen_routers(handle, _v1_fix(handle, self.args.peft_config))
         return model
 
     _init_model.densemixer = True  # type: ignore[attr-defined]
@@ -97,7 +91,8 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
         arguments.__post_init__(self)  # type: ignore[attr-defined]
         self.densemixer = _parse_options(self.densemixer)
         if not isinstance(self.use_densemixer, bool | None):
-            raise ValueError(f"use_densemixer must be true or false, got {self.use_densemixer!r}")
+            value = self.use_densemixer
+            raise ValueError(f"use_densemixer must be true or false, got {value!r}{quotes(value)}")
         if self.use_densemixer:
             check(self)
         elif self.densemixer is not None:
@@ -105,7 +100,12 @@ def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
 
     use = dataclasses.field(
         default=None,  # false, unless DENSEMIXER_ENABLED=1 says otherwise
-        metadata={"help": "Whether or not to train the routers of an MoE model through all experts (DenseMixer)."},
+        metadata={
+            "help": "Whether or not to train the routers of an MoE model through all experts (DenseMixer).",
+            # The argument parser passes these on. It doesn't set them by itself where the default is None.
+            "nargs": "?",
+            "const": True,
+        },
     )
     options = dataclasses.field(
         default=None,
@@ -188,26 +188,58 @@ def _refuse(reason: str, fix: str) -> None:
     raise ValueError(f"use_densemixer is not supported here: {reason}. Either {fix}, or use_densemixer.")
 
 
-def _attach(model: nn.Module, options: dict[str, Any] | None, logger: Any, fix: str | None) -> None:
+def _attach(model: nn.Module, options: dict[str, Any] | None, logger: Any) -> None:
     import transformers.trainer
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
     from densemixer_adapters.callback import patch_trainer
 
     config = DenseMixerConfig.from_dict(options or {})
-    handle = apply_densemixer(model, config)
+    try:
+        handle = attach(model, config)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"use_densemixer: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"densemixer: {error}") from None
     if config.metrics:
         patch_trainer(transformers.trainer)
     if is_deepspeed_zero3_enabled():
         mark_leaf_modules(handle)
-    logger.info_rank0(f"DenseMixer trains the routers of {len(handle.layers)} layers: {config}.")
-    frozen = [layer for layer in handle.layers if layer.router_is_frozen]
-    if frozen and fix is not None:
-        name = ".".join(frozen[0].router_name.split(".")[-2:])
-        logger.warning_rank0(
-            f"DenseMixer has nothing to train in {len(frozen)} of {len(handle.layers)} layers, whose routers are "
-            f"frozen. In the YAML, set {fix.format(router=name)}."
-        )
+    logger.info_rank0(f"{describe(model, handle.layers)}.")
+
+
+def _warn_of_frozen_routers(handle: DenseMixerHandle, fix: str | None) -> None:
+    """Now, and in the first step of training, in terms of LLaMA-Factory's keys.
+
+    It is no error, even if all are frozen: LoRA on attention alone is training as without DenseMixer.
+    """
+    handle.frozen_routers.fix = f"In the YAML, set {fix}." if fix else None
+    handle.warn_of_frozen_routers()
+
+
+def _fix(handle: DenseMixerHandle, arguments: Any) -> str | None:
+    """What to set to make frozen routers trainable; None where layers take turns to be trained."""
+    if arguments.use_badam:
+        return None
+    if arguments.finetuning_type == "freeze":
+        return _fix_of_freeze(handle, arguments.freeze_trainable_modules)
+    return "freeze_language_model: false" if arguments.finetuning_type == "full" else "additional_target: {router}"
+
+
+def _v1_fix(handle: DenseMixerHandle, peft_config: Any) -> str:
+    fix = "modules_to_save: [{router}]"
+    if peft_config.name == "freeze":
+        fix = _fix_of_freeze(handle, peft_config.get("freeze_trainable_modules", "all"))
+    return f"{fix} in peft_config"
+
+
+def _fix_of_freeze(handle: DenseMixerHandle, trainable: str | Sequence[str]) -> str:
+    """Of the last layers, or the first, LLaMA-Factory trains the modules with these names, or ``all``."""
+    names = [name.strip() for name in trainable.split(",")] if isinstance(trainable, str) else [*trainable]
+    inner = re.split(r"\.\d+\.", handle.layers[0].router_name)[-1].partition(".")[0]
+    if "all" not in names and inner not in names:
+        return f"freeze_trainable_modules: {','.join([*names, inner])}"
+    return "more layers in freeze_trainable_layers, or `densemixer: {{layers: ...}}` to those that you train"
 
 
 def _logger() -> Any:

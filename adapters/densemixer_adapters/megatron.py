@@ -21,18 +21,16 @@ from typing import Any
 from torch import nn
 
 from densemixer_adapters.layer import UnsupportedModelError
-from densemixer_adapters.megatron_layer import (
-    MegatronLayer,
-    attached_layer,
-    moe_layer_numbers,
-    refuse,
-    warn_of_frozen_routers,
-)
+from densemixer_adapters.megatron_layer import MegatronLayer, attached_layer, warn_of_frozen_routers
+from densemixer_adapters.megatron_positions import PATTERNS, Selection
+from densemixer_adapters.megatron_refuse import refuse_config
 from densemixer_core import DenseMixerConfig
 
 logger = logging.getLogger("densemixer")
 
 FLAG = "moe_densemixer"
+_PATTERN = "_densemixer_pattern"
+"""The attribute of a configuration that has a hybrid model's pattern of layers while the model is built from it."""
 
 
 _FIELD = dataclasses.field(
@@ -67,24 +65,30 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers at all, or one that can't be trained this way.
-        ValueError: The options select layers that the model doesn't have.
+        ValueError: The options select layers that the model doesn't have, or its layers aren't known.
         RuntimeError: DenseMixer is attached already.
     """
-    config = config or DenseMixerConfig()
+    options = config or DenseMixerConfig()
     chunks = _chunks(model)
-    blocks = _moe_layers(chunks)
-    if not blocks and not any(_has_experts(getattr(chunk, "config", None)) for chunk in chunks):
+    paths = _moe_layers(chunks)
+    settings = _configuration(chunks)
+    if not _has_experts(settings):
         raise UnsupportedModelError(
             f"{type(chunks[0]).__name__} has no MoELayer, and its configuration no num_moe_experts. DenseMixer trains "
             "the routers of such layers; switch it off for this model."
         )
-    for name, block in blocks:
-        if attached_layer(block.router) is not None:
+    # What follows from the configuration comes first: ranks whose stage has no such layer must raise as all others do.
+    refuse_config(settings, options)
+    selection = Selection(settings, options, _pattern(chunks))
+    layers = [MegatronLayer(block, options, selection, path) for path, block in paths]
+    for layer in layers:
+        if attached_layer(layer.router) is not None:
             raise RuntimeError(
-                f"{name}: DenseMixer is attached already, by enable or {FLAG}; attached(model).remove() detaches it."
+                f"{layer.name}: DenseMixer is attached already, by enable or {FLAG}; attached(model).remove() detaches "
+                "it."
             )
-        refuse(name, block)
-    layers = [MegatronLayer(name, block, config) for name, block in blocks]
+        layer.check_block()
+    selection.compare(_layer_numbers(chunks), [layer.block.layer_number for layer in layers])
     layers = [layer for layer in layers if layer.is_selected()]
     for layer in layers:
         layer.attach()
@@ -93,7 +97,7 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
         "DenseMixer is attached to %d layers of this rank's part of %s: estimator %s",
         len(layers),
         type(chunks[0]).__name__,
-        config.estimator,
+        options.estimator,
     )
     warn_of_frozen_routers([layer for layer in layers if layer.router_is_frozen])
     return MegatronHandle(layers)
@@ -161,11 +165,14 @@ def patch_transformer_config(module: Any) -> None:
     def __post_init__(self: Any) -> None:  # noqa: N807
         original(self)
         options = read_flag(self)
-        if options is not None:
-            if not _has_experts(self):
-                logger.warning("%s has no effect: the model has no experts (num_moe_experts).", FLAG)
-            elif options.layers is not None:
-                options.positions(len(moe_layer_numbers(self)))
+        if options is None:
+            return
+        if not _has_experts(self):
+            logger.warning("%s has no effect: the model has no experts (num_moe_experts).", FLAG)
+            return
+        _refuse_by_flag(self, options)
+        if not getattr(self, "is_hybrid_model", False):  # whose pattern of layers comes with the model
+            Selection(self, options)
 
     config_class.__post_init__ = __post_init__
 
@@ -173,21 +180,64 @@ def patch_transformer_config(module: Any) -> None:
 def patch_moe_layer(module: Any) -> None:
     """Attach DenseMixer to each layer that is built from a configuration that asks for it."""
     layer_class = module.MoELayer
-    original = layer_class.__init__
+    original, original_number = layer_class.__init__, layer_class.set_layer_number
 
     @functools.wraps(original)
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         options = read_flag(config)
+        if options is None:
+            original(self, config, *args, **kwargs)
+            return
+        _refuse_by_flag(config, options)  # again: it may have been changed since it was made
+        selection = Selection(config, options, getattr(config, _PATTERN, None))
         original(self, config, *args, **kwargs)
-        if options is not None:
-            name = f"Mixture-of-Experts layer {'' if self.layer_number is None else self.layer_number}".strip()
+        MegatronLayer(self, options, selection).attach()
+
+    @functools.wraps(original_number)
+    def set_layer_number(self: Any, layer_number: int) -> None:
+        original_number(self, layer_number)
+        layer = attached_layer(self.router)
+        if layer is not None:
             try:
-                refuse(name, self)
+                layer.check_block()
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{FLAG}: {error}") from None
-            MegatronLayer(name, self, options).attach()
 
-    layer_class.__init__ = __init__
+    layer_class.__init__, layer_class.set_layer_number = __init__, set_layer_number
+
+
+def patch_hybrid_model(module: Any) -> None:
+    """Have the layers of a hybrid model know its pattern while they are built: their configuration hasn't got it."""
+    model_class = getattr(module, "HybridModel", None) or module.MambaModel
+    original = model_class.__init__
+    if hasattr(original, _PATTERN):  # the module of MambaModel has HybridModel too where it is derived from that
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        given = signature.bind(self, *args, **kwargs).arguments
+        config = given["config"]
+        # Without a pattern, by shares of attention and MLP, no layer has experts.
+        pattern = next((given[name] for name in PATTERNS if given.get(name)), "")
+        options = read_flag(config)
+        if options is not None and _has_experts(config):
+            Selection(config, options, pattern)
+        setattr(config, _PATTERN, pattern)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            delattr(config, _PATTERN)
+
+    setattr(__init__, _PATTERN, True)
+    model_class.__init__ = __init__
+
+
+def _refuse_by_flag(config: Any, options: DenseMixerConfig) -> None:
+    try:
+        refuse_config(config, options)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{FLAG}: {error}") from None
 
 
 def _add_field(config_class: Any, field: dataclasses.Field[Any]) -> None:
@@ -220,6 +270,24 @@ def _moe_layers(chunks: Sequence[nn.Module]) -> list[tuple[str, Any]]:
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
     return [(name, block) for chunk in chunks for name, block in chunk.named_modules() if isinstance(block, MoELayer)]
+
+
+def _configuration(chunks: Sequence[nn.Module]) -> Any:
+    """The ``TransformerConfig`` of a model; None if it has none."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return next((module.config for module in modules if _has_experts(getattr(module, "config", None))), None)
+
+
+def _pattern(chunks: Sequence[nn.Module]) -> str | None:
+    """A hybrid model's pattern of layers; None for other models."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return next((value for module in modules for value in map(vars(module).get, PATTERNS) if value), None)
+
+
+def _layer_numbers(chunks: Sequence[nn.Module]) -> set[int]:
+    """The numbers of all layers of this rank."""
+    numbers = (getattr(module, "layer_number", None) for chunk in chunks for module in chunk.modules())
+    return {number for number in numbers if isinstance(number, int)}
 
 
 def _has_experts(config: Any) -> bool:

@@ -9,6 +9,7 @@ draws its share of the pairs that its own experts form with all of these tokens.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from densemixer_adapters.layer import UnsupportedModelError
+from densemixer_adapters.megatron_positions import Selection
+from densemixer_adapters.megatron_refuse import refuse_router
 from densemixer_core import (
     DenseMixerConfig,
     ExpertLayout,
@@ -32,7 +35,6 @@ from densemixer_core import (
     sampled_dots,
     straight_through,
 )
-from densemixer_core.routing import SCORE_FUNCTIONS
 from densemixer_core.sampling import share_of_pairs
 
 logger = logging.getLogger("densemixer")
@@ -41,59 +43,43 @@ OVERRIDDEN = ("routing", "dispatch_preprocess", "combine_postprocess")
 """What is overridden: the first on the router, the others on the token dispatcher, which sees what the experts see."""
 
 
-_DROPS_TOKENS = ("drops tokens, so that an expert's output depends on the other tokens", "set it to None")
-_IS_QUANTISED = ("has the experts compute with quantised weights, which DenseMixer doesn't read", "train in bf16")
-_IS_CAPTURED = ("captures graphs, which lack what DenseMixer adds to the backward", "switch CUDA graphs off")
-REFUSED = {
-    "moe_expert_capacity_factor": _DROPS_TOKENS,
-    "moe_expert_rank_capacity_factor": _DROPS_TOKENS,
-    "moe_apply_probs_on_input": (
-        "scales the experts' input by the score, so that the output isn't linear in the weights",
-        "set it to False",
-    ),
-    "overlap_moe_expert_parallel_comm": ("cuts the layer into stages without a common graph", "set it to False"),
-    "moe_mlp_glu_interleave_size": ("stores gate and up projection in another order than is read here", "unset it"),
-    "fp8": _IS_QUANTISED,
-    "fp4": _IS_QUANTISED,
-    "enable_cuda_graph": _IS_CAPTURED,
-    "external_cuda_graph": _IS_CAPTURED,
-    "cuda_graph_impl": _IS_CAPTURED,
-}
-"""Options of Megatron Core that DenseMixer doesn't work with: what they do, and what to do instead."""
-
-
 class MegatronLayer:
     """One ``MoELayer`` and the methods that are overridden on its router and its token dispatcher.
 
     Attributes:
-        name: The layer's name in the model, or its number.
         block: The ``MoELayer``.
         frozen_was_said: Whether this process has been warned of a frozen router.
+
+    Args:
+        block: The ``MoELayer``.
+        config: The options.
+        selection: Which layers the option ``layers`` selects.
+        path: The block's name in this rank's part of the model, if it is known.
     """
 
     frozen_was_said: ClassVar[bool] = False
 
-    def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
-        if config.metrics:
-            raise UnsupportedModelError(
-                f"{name}: metrics=True doesn't work in Megatron Core: router metrics are for the HF Trainer and verl's "
-                "FSDP engines. Drop the option."
-            )
-        if config.budget < 1 and (block.config.expert_tensor_parallel_size or 1) > 1:
-            raise UnsupportedModelError(
-                f"{name}: budget={config.budget} doesn't work with expert tensor parallelism: the ranks that share an "
-                "expert would have to draw the same pairs. Set expert_tensor_parallel_size to 1, or the budget."
-            )
-        self.name = name
+    def __init__(self, block: Any, config: DenseMixerConfig, selection: Selection, path: str = "") -> None:
         self.block = block
         self._config = config
+        self._selection = selection
+        self._path = path
         self._owners = dict(
             zip(OVERRIDDEN, (block.router, block.token_dispatcher, block.token_dispatcher), strict=True)
         )
         self._before: dict[str, Any] = {}
+        self._block_checked = False
         self._checked = False
         self._routed: tuple[Tensor, Tensor, Tensor] | None = None  # of the forward that is running
         self._x: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """With its number in the whole model: the names of modules count from the pipeline stage's first layer."""
+        prediction = "multi-token prediction, " if getattr(self.block, "is_mtp_layer", False) else ""
+        number = "" if self.block.layer_number is None else f" {self.block.layer_number}"
+        path = f" ({self._path} on this rank)" if self._path else ""
+        return f"{prediction}Mixture-of-Experts layer{number}{path}"
 
     @property
     def router(self) -> nn.Module:
@@ -110,6 +96,16 @@ class MegatronLayer:
         if config.moe_router_score_function == "softmax":
             return not config.moe_router_pre_softmax  # a softmax over the selected logits
         return bool(self.block.router.topk > 1)
+
+    def check_block(self) -> None:
+        """Raise if this layer is built of what DenseMixer doesn't know.
+
+        Raises:
+            UnsupportedModelError: The message names the layer, the reason and the fix.
+        """
+        refuse_router(self.name, self.router)
+        read_experts(self.block, self.name)
+        self._block_checked = True
 
     def attach(self) -> None:
         for name, owner in self._owners.items():
@@ -151,18 +147,21 @@ class MegatronLayer:
         return routed
 
     def _dispatch_preprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self._block_checked:
+            self.check_block()
         if self._routed is not None:
             self._x = hidden_states.detach()
         return self._host("dispatch_preprocess")(hidden_states, *args, **kwargs)
 
     def _combine_postprocess(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._host("combine_postprocess")(*args, **kwargs)
         routed, x = self._routed, self._x
         self._routed = self._x = None
         if routed is None or x is None:
-            return output
+            return self._host("combine_postprocess")(*args, **kwargs)
         scores, index, weights = routed
-        return straight_through(
+        with _shared_experts_apart(self.block.token_dispatcher) as shared:
+            output = self._host("combine_postprocess")(*args, **kwargs)
+        output = straight_through(
             output,
             scores,
             x=x,
@@ -173,6 +172,7 @@ class MegatronLayer:
             renormalised=self.renormalised,
             config=self._config,
         )
+        return output + shared[0].view_as(output) if shared else output
 
     def _dots(self, x: Tensor, g: Tensor, sensitivity: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """In the backward, with the weights as they are then."""
@@ -192,11 +192,7 @@ class MegatronLayer:
 
     def is_selected(self) -> bool:
         """Whether the option `layers` selects this one. Its number may not be known before the first forward."""
-        if self._config.layers is None:
-            return True
-        numbers = moe_layer_numbers(self.block.config)
-        chosen = [numbers[position] for position in self._config.positions(len(numbers))]
-        return self.block.layer_number in chosen
+        return self.block.layer_number in self._selection
 
     def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
         try:
@@ -208,6 +204,29 @@ class MegatronLayer:
                 "Core, or a patch of it, routes differently; the gradient would be wrong. Switch DenseMixer off."
             ) from None
         self._checked = weights.numel() > 0
+
+
+@contextlib.contextmanager
+def _shared_experts_apart(dispatcher: Any) -> Iterator[list[Tensor]]:
+    """Have the dispatcher add nothing where it adds the output of overlapped shared experts, which is listed instead.
+
+    What is added is −0, which leaves every bit of the routed experts' output, +0 and −0 included, as it is.
+    """
+    apart: list[Tensor] = []
+    experts = getattr(dispatcher, "shared_experts", None)
+    if experts is None:
+        yield apart
+        return
+
+    def get_output() -> Tensor:
+        apart.append(type(experts).get_output(experts))
+        return torch.tensor(-0.0, dtype=apart[0].dtype, device=apart[0].device)
+
+    experts.get_output = get_output
+    try:
+        yield apart
+    finally:
+        del experts.get_output
 
 
 def warn_of_frozen_routers(layers: Sequence[MegatronLayer]) -> None:
@@ -318,21 +337,28 @@ def read_experts(block: Any, name: str) -> list[StackedExperts]:
     Raises:
         UnsupportedModelError: They are of an unknown kind, or their weights are somewhere else than Megatron has them.
     """
-    experts = block.experts
-    layout = ExpertLayout(_activation(block.config))
+    experts, config = block.experts, block.config
+    layout = ExpertLayout(_activation(config))
     try:
         if hasattr(experts, "weight1"):  # GroupedMLP, all experts in one matrix
             up, down = experts.weight1, experts.weight2
             held = block.num_local_experts
             stacked = ExpertWeights(up.view(held, up.shape[0], -1), down.view(held, -1, down.shape[1]))
             return [StackedExperts(stacked, ExpertLayout(layout.activation, transposed=True))]
-        return [StackedExperts(weights, layout) for weights in _separate_weights(experts, block.num_local_experts)]
+        separate = list(_separate_weights(experts, block.num_local_experts))
     except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{name}: DenseMixer can't read the weights of its experts ({type(experts).__name__}: {error}). It knows "
-            "SequentialMLP, TEGroupedMLP and GroupedMLP without adapters on the experts (LoRA on attention works). "
-            "Leave the experts as Megatron builds them, or switch DenseMixer off."
-        ) from None
+        raise _unreadable(name, experts, str(error)) from None
+    if config.add_bias_linear and any(one.up_bias is None or one.down_bias is None for one in separate):
+        raise _unreadable(name, experts, "no biases, although add_bias_linear is on")
+    return [StackedExperts(weights, layout) for weights in separate]
+
+
+def _unreadable(name: str, experts: Any, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name}: DenseMixer can't read the weights of its experts ({type(experts).__name__}: {why}). It knows "
+        "SequentialMLP, TEGroupedMLP and GroupedMLP without adapters on the experts (LoRA on attention works). "
+        "Leave the experts as Megatron builds them, or switch DenseMixer off."
+    )
 
 
 def _separate_weights(experts: Any, count: int) -> Iterator[ExpertWeights]:
@@ -371,53 +397,3 @@ def attached_layer(router: nn.Module) -> MegatronLayer | None:
     """The layer that is attached to a router now."""
     layer = getattr(vars(router).get(OVERRIDDEN[0]), "__self__", None)
     return layer if isinstance(layer, MegatronLayer) else None
-
-
-def moe_layer_numbers(config: Any) -> list[int]:
-    """The numbers, from 1, of the model's layers that have experts: over all pipeline stages.
-
-    Raises:
-        ValueError: They don't follow from the configuration.
-    """
-    if getattr(config, "mtp_num_layers", None) or getattr(config, "is_hybrid_model", False):
-        raise ValueError(
-            "layers: the positions of the Mixture-of-Experts layers of a model with multi-token prediction, or of a "
-            "hybrid one, are not known. Leave `layers` out."
-        )
-    frequency, layers = config.moe_layer_freq, range(config.num_layers)
-    pattern = [layer % frequency == 0 for layer in layers] if isinstance(frequency, int) else frequency
-    return [layer + 1 for layer in layers if pattern[layer]]
-
-
-def refuse(name: str, block: Any) -> None:
-    """Raise if DenseMixer can't train this layer.
-
-    Raises:
-        UnsupportedModelError: The message names the layer, the reason and the fix.
-    """
-    from megatron.core.transformer.moe.router import TopKRouter
-
-    config = block.config
-    balancing = config.moe_router_load_balancing_type
-    score = config.moe_router_score_function
-    reason = fix = ""
-    for option, (why, remedy) in REFUSED.items():
-        if getattr(config, option, None) not in (None, False, "none"):
-            reason, fix = f"{option} {why}", remedy
-    if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]):
-        reason = "moe_router_load_balancing_type sinkhorn selects experts that don't follow from the scores"
-        fix = "use another type"
-    if config.add_bias_linear and (config.expert_tensor_parallel_size or 1) > 1:
-        reason = "add_bias_linear with expert tensor parallelism has not been tested; ranks may hold the same bias"
-        fix = "set one of the two off"
-    if score not in SCORE_FUNCTIONS:
-        reason = f"its moe_router_score_function {score} is unknown"
-        fix = f"use one of {', '.join(SCORE_FUNCTIONS)}"
-    if not isinstance(block.router, TopKRouter):
-        reason = f"its router is a {type(block.router).__name__}, not Megatron's TopKRouter"
-        fix = "build it with that one"
-    if reason:
-        raise UnsupportedModelError(
-            f"{name}: DenseMixer can't train it: {reason}. Either {fix}, or switch DenseMixer off."
-        )
-    read_experts(block, name)

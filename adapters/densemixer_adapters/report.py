@@ -10,12 +10,17 @@ import base64
 import dataclasses
 import html
 import io
+import itertools
 import json
-from collections.abc import Iterable, Iterator
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from densemixer_adapters.metric_names import CHANGE, COSINE, DRIFT, ENTROPY, LOST, MAXIMUM, NORM, PREFIX, SHARE
+from densemixer_adapters.printable import file_name, printable
 from densemixer_adapters.verdict import Verdict, judge
 
 STATE = "trainer_state.json"
@@ -29,6 +34,9 @@ TITLES = {
     DRIFT: "drift of the logits since the start, relative",
     LOST: "share of updates lost to rounding",
 }
+
+LARGEST = 3.5e38
+"""No value in float32 is larger."""
 
 Points = list[tuple[int, float]]
 
@@ -44,7 +52,7 @@ class Series:
     Attributes:
         name: verl's role, as in ``actor``; empty if there is one model alone.
         source: The file that they are from.
-        curves: By metric, over all layers: steps and values.
+        curves: By metric, over all layers: steps and values; NaN is what is no number that a metric can have.
         layers: By metric and layer, likewise.
     """
 
@@ -59,112 +67,222 @@ class Series:
 
     @property
     def verdict(self) -> Verdict:
-        return judge(self.last)
+        return judge(self.curves)
 
 
-def read_run(folder: Path) -> list[Series]:
-    """The router metrics in the log of a run; none if it has no such metrics.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the log of a run says.
+
+    Attributes:
+        series: The models; none if the log has no router metrics.
+        left_out: What couldn't be read, a line for each file.
+    """
+
+    series: list[Series]
+    left_out: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Log:
+    path: Path
+    rows: list[tuple[int, dict[str, Any]]]
+    broken: int
+
+    @property
+    def steps(self) -> int:
+        return max((step for step, _ in self.rows), default=0)
+
+
+def read_run(folder: Path) -> Run:
+    """The router metrics in the log of a run.
 
     Args:
         folder: The run's output folder, or the log itself. In a folder it is ``trainer_state.json``, else that of the
-            newest checkpoint below it; else verl's ``*.jsonl``.
+            checkpoint below it with the most steps, else the one with the most steps of verl's ``*.jsonl``. What can't
+            be read doesn't count, and neither does what is no ordinary file.
 
     Raises:
-        UnreadableRunError: There is no log, or it can't be read.
+        UnreadableRunError: There is no log, or none can be read.
     """
-    source = _find_log(folder)
+    left_out: list[str] = []
+    found_log = False
     try:
-        text = source.read_text(encoding="utf-8")
-        if source.suffix == ".jsonl":
-            lines = [json.loads(line) for line in text.splitlines() if line.strip()]
-            entries = [(line["step"], line["data"]) for line in lines]
-        else:
-            entries = [(entry["step"], entry) for entry in json.loads(text)["log_history"]]
-        return _series(source, entries)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UnreadableRunError(f"{source} is no log of the HF Trainer or of verl: {error!r}") from None
-
-
-def _find_log(folder: Path) -> Path:
-    if folder.is_file():
-        return folder
-    if (folder / STATE).is_file():
-        return folder / STATE
-    states = sorted(folder.glob(f"**/checkpoint-*/{STATE}"), key=lambda path: path.stat().st_mtime)
-    if states:
-        return states[-1]
-    logs = sorted((path for path in folder.glob("**/*.jsonl") if _is_verl(path)), key=lambda path: path.stat().st_mtime)
-    if logs:
-        return logs[-1]
+        for log in _logs(folder, left_out):
+            found_log = True
+            if log.broken:
+                left_out.append(f"{log.path}: {log.broken} rows that neither the HF Trainer nor verl write")
+            if series := _series(log.path, log.rows):
+                return Run(series, left_out)
+    except OSError as error:  # of a folder
+        left_out.append(f"{folder}: {error.strerror}")
+    if found_log:
+        return Run([], left_out)
     raise UnreadableRunError(
-        f"{folder}: no {STATE} in it or in a checkpoint below it, and no JSON lines of verl (trainer.logger=[file])"
+        "; ".join(left_out)
+        or f"{folder}: no {STATE} in it or in a checkpoint below it, and no JSON lines of verl (trainer.logger=[file])"
     )
 
 
+def _logs(folder: Path, left_out: list[str]) -> Iterator[_Log]:
+    if folder.is_dir():
+        yield from _states(folder, left_out)
+        yield from _verl_logs(folder, left_out)
+    else:
+        yield from _readable([folder], _lines if folder.suffix == ".jsonl" else _history, left_out)
+
+
+def _states(folder: Path, left_out: list[str]) -> Iterator[_Log]:
+    """The first state of the HF Trainer that can be read."""
+    checkpoints = sorted(folder.glob(f"**/checkpoint-*/{STATE}"), key=_checkpoint_steps, reverse=True)
+    own = [folder / STATE] if os.path.lexists(folder / STATE) else []
+    return itertools.islice(_readable([*own, *checkpoints], _history, left_out), 1)
+
+
+def _checkpoint_steps(state: Path) -> tuple[int, str]:
+    number = re.fullmatch(r"checkpoint-([0-9]{1,18})", state.parent.name)
+    return int(number[1]) if number else -1, str(state)
+
+
+def _verl_logs(folder: Path, left_out: list[str]) -> list[_Log]:
+    """verl's logs, the one with the most steps first."""
+    paths = [path for path in sorted(folder.glob("**/*.jsonl")) if path.is_file() and _is_verl(path)]
+    return sorted(_readable(paths, _lines, left_out), key=lambda log: log.steps, reverse=True)
+
+
 def _is_verl(path: Path) -> bool:
-    """Whether the first line looks like that of verl's logger: LLaMA-Factory has JSON lines too."""
-    with path.open("rb") as file:
-        first = file.readline(1 << 20)
+    """Whether one of the first lines looks like that of verl's logger: LLaMA-Factory has JSON lines too."""
     try:
-        line = json.loads(first)
-    except ValueError:
+        with path.open("rb") as file:
+            first = [file.readline(1 << 20) for _ in range(10)]
+    except OSError:
         return False
-    return isinstance(line, dict) and line.keys() == {"step", "data"}
+    return any(isinstance(row, dict) and row.keys() == {"step", "data"} for row in map(_parse, first))
 
 
-def _series(source: Path, entries: Iterable[tuple[int, dict[str, Any]]]) -> list[Series]:
+def _parse(text: str | bytes) -> Any:
+    """What JSON text says; None if it is none, or nested too deeply. An integer that is too long counts as infinite."""
+    try:
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 400 else math.inf)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _readable(paths: Iterable[Path], read: Callable[[str], list[Any]], left_out: list[str]) -> Iterator[_Log]:
+    """The logs among files; what is none goes to ``left_out``."""
+    for path in paths:
+        try:
+            if not path.is_file():  # a pipe, say, would wait for somebody to write
+                raise ValueError("no ordinary file" if os.path.lexists(path) else "no such file or folder")
+            found = read(path.read_text(encoding="utf-8", errors="replace"))
+            rows = [row for row in found if _is_row(row)]
+            if found and not rows:
+                raise ValueError("no log of the HF Trainer or of verl")
+            yield _Log(path, rows, len(found) - len(rows))
+        except (OSError, ValueError) as error:
+            left_out.append(f"{path}: {error.strerror if isinstance(error, OSError) else error}")
+
+
+def _history(text: str) -> list[Any]:
+    state = _parse(text)
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list):
+        raise ValueError("no log of the HF Trainer or of verl")
+    return [(entry.get("step"), entry) if isinstance(entry, dict) else None for entry in history]
+
+
+def _lines(text: str) -> list[Any]:
+    rows = [_parse(line) for line in text.split("\n") if line.strip()]
+    return [(row.get("step"), row.get("data")) if isinstance(row, dict) else None for row in rows]
+
+
+def _is_row(row: Any) -> bool:
+    """Whether it has a step, which a plot can show, and names with values."""
+    if row is None:
+        return False
+    step, entry = row
+    return type(step) is int and abs(step) < 1 << 53 and isinstance(entry, dict)
+
+
+def _series(source: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Series]:
     found: dict[str, Series] = {}
-    for step, role, layer, metric, value in _values(entries):
+    for step, role, layer, metric, value in _values(rows):
         series = found.setdefault(role, Series(role, source, {}, {}))
         curves = series.layers.setdefault(metric, {}) if layer else series.curves
         curves.setdefault(layer or metric, []).append((step, value))
     return [series for series in found.values() if series.curves]
 
 
-def _values(entries: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, str, str, str, float]]:
+def _values(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, str, str, str, float]]:
     """Step, role, layer, metric and value. verl puts the role before our names, as in ``actor/densemixer/…``."""
-    for step, entry in entries:
+    for step, entry in rows:
         for name, value in entry.items():
             before, mark, after = name.rpartition(PREFIX)
             layer, _, metric = after.rpartition("/")
             if mark and metric in TITLES:
-                yield int(step), before.rstrip("/"), layer, metric, float(value)
+                yield step, printable(before.rstrip("/")), printable(layer), metric, _number(value)
+
+
+def _number(value: Any) -> float:
+    """NaN for what no metric can be: what is no number, infinite, or beyond float32, which they are measured in."""
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        return math.nan
+    return float(value)
 
 
 def as_json(series: Iterable[Series]) -> str:
-    """Verdicts and numbers."""
+    """Verdicts and numbers; ``null`` is what is no number."""
     found = [
         {
             "name": one.name,
-            "source": str(one.source),
+            "source": printable(one.source),
             "works": one.verdict.works,
             "verdict": one.verdict.text,
-            "last": one.last,
-            "curves": one.curves,
-            "layers": one.layers,
+            "last": {metric: _or_none(value) for metric, value in one.last.items()},
+            "curves": _without_nan(one.curves),
+            "layers": {metric: _without_nan(layers) for metric, layers in one.layers.items()},
         }
         for one in series
     ]
-    return json.dumps(found, indent=2)
+    return json.dumps(found, indent=2, allow_nan=False)
+
+
+def _without_nan(curves: dict[str, Points]) -> dict[str, list[tuple[int, float | None]]]:
+    return {name: [(step, _or_none(value)) for step, value in points] for name, points in curves.items()}
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def write(series: list[Series], folder: Path) -> list[Path]:
     """Draw the curves: one PNG for each model, and one HTML page with all of them, numbers and verdicts.
 
+    Links in the place of these files are replaced, not followed.
+
     Raises:
         ImportError: matplotlib is not installed.
+        OSError: A file can't be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    written, sections = [], []
+    written: list[Path] = []
+    sections = []
     for one in series:
         picture = _draw(one)
-        name = f"densemixer-{one.name.replace('/', '-')}.png" if one.name else "densemixer.png"
-        (folder / name).write_bytes(picture)
-        written.append(folder / name)
+        name = f"densemixer-{file_name(one.name)}" if one.name else "densemixer"
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        path = next(path for name in names if (path := folder / f"{name}.png") not in written)
+        written.append(_replace(path, picture))
         sections.append(_section(one, picture))
-    page = folder / "densemixer.html"
-    page.write_text(_PAGE.format(sections="\n".join(sections)), encoding="utf-8")
-    return [*written, page]
+    page = _PAGE.format(sections="\n".join(sections))
+    return [*written, _replace(folder / "densemixer.html", page.encode())]
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    path.unlink(missing_ok=True)
+    with path.open("xb") as file:  # fails if something is there again
+        file.write(content)
+    return path
 
 
 def _draw(series: Series) -> bytes:
@@ -195,12 +313,13 @@ def _section(series: Series, picture: bytes) -> str:
         for metric, points in series.curves.items()
     )
     verdict = series.verdict
+    kind = {True: "works", False: "idle", None: "unknown"}[verdict.works]
     return (
         f"<h2>{html.escape(series.name or 'Routers')}</h2>\n"
-        f'<p class="{"works" if verdict.works else "idle"}">{html.escape(verdict.text)}</p>\n'
+        f'<p class="{kind}">{html.escape(verdict.text)}</p>\n'
         f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
         f"<table><tr><th></th><th>first</th><th>last</th></tr>{rows}</table>\n"
-        f"<p>Black: over all layers; blue: each layer. From {html.escape(str(series.source))}.</p>"
+        f"<p>Black: over all layers; blue: each layer. From {html.escape(printable(series.source))}.</p>"
     )
 
 
@@ -213,7 +332,7 @@ _PAGE = """<!DOCTYPE html>
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; }}
 img {{ max-width: 100%; }}
 td, th {{ padding: 0.1em 1em 0.1em 0; text-align: left; }}
-.works, .idle {{ font-weight: bold; }}
+.works, .idle, .unknown {{ font-weight: bold; }}
 .works {{ color: #176117; }}
 .idle {{ color: #a11; }}
 </style>

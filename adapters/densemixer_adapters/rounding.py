@@ -11,7 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from densemixer_adapters.layer import DenseMixerLayer
@@ -31,15 +32,15 @@ class LostUpdates:
 
     def __init__(self, layers: Sequence[DenseMixerLayer]) -> None:
         self.layers = layers
-        self._before: list[list[tuple[Tensor, Tensor, Tensor]]] | None = None
+        self._before: list[list[tuple[nn.Parameter, Tensor, Tensor]]] | None = None
         self._counts: list[list[float]] = []
 
     def before_step(self, optimizer: Any) -> None:
-        """Keep the parameters that are about to be stepped at a learning rate other than zero."""
-        stepped = {id(p) for group in optimizer.param_groups if float(group["lr"]) for p in group["params"]}
+        """Keep the parameters that are about to be stepped at a learning rate other than zero, or one of their own."""
+        stepped = {id(p) for group in optimizer.param_groups if group.get("lr") != 0 for p in group["params"]}
         self._before = [
             [
-                (_mine(p), _mine(p).clone(), _mine(p.grad) != 0)
+                (p, _mine(p).clone(), _mine(p.grad) != 0)
                 for p in layer.router.parameters()
                 if p.grad is not None and id(p) in stepped
             ]
@@ -59,8 +60,8 @@ class LostUpdates:
         if skipped:
             return
         for position, parameters in enumerate(before):
-            for now, old, wanted in parameters:
-                lost, whole = (wanted & (now == old)).sum(), wanted.sum()
+            for parameter, old, wanted in parameters:
+                lost, whole = (wanted & (_mine(parameter) == old)).sum(), wanted.sum()
                 self._counts[position][0] += lost.item()
                 self._counts[position][1] += whole.item()
 
@@ -74,5 +75,6 @@ class LostUpdates:
 
 
 def _mine(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    """What this rank holds of it, dense."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach() if local.layout is torch.strided else local.detach().to_dense()

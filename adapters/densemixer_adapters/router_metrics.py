@@ -55,12 +55,14 @@ class RouterMetrics:
     def measure(self) -> dict[str, float]:
         """The metrics as logs have them, see `named`. Collective: all ranks call it, for a forward without gradients.
 
-        Gradients and lost updates are those of the last step, the load is that since this was last called, and the
-        routing is compared with that at the start.
+        Gradients and lost updates are those of the last step, with a norm of 0 where all routers are frozen. The load
+        is that since this was last called, and the routing is compared with that at the start.
         """
         gradients = self._meter.gradients(1.0 if self._scale is None else self._scale)
         if self._scale is None:
             gradients.pop(NORM, None)
+        if all(layer.router_is_frozen for layer in self.layers):
+            gradients = {NORM: [0.0] * (len(self.layers) + 1)}
         routing = self._meter.load() | self._probe.measure() | self._meter.pairs_left_out()
         return named(self.layers, gradients | routing | self._lost.measure())
 

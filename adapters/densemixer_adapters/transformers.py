@@ -7,8 +7,6 @@ see all that the method needs, whatever kernel computes the experts, so no forwa
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import uuid
 import weakref
@@ -17,6 +15,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from densemixer_adapters.announce import (
+    CHANGED_EXPERTS,
+    OVERFLOW,
+    UNREAD_METRICS,
+    FrozenRouters,
+    announce,
+    describe,
+    warn,
+)
 from densemixer_adapters.finding import ROUTER_NAMES, find_blocks, find_layers
 from densemixer_adapters.layer import DenseMixerLayer, UnsupportedModelError
 from densemixer_core import DenseMixerConfig
@@ -26,11 +33,11 @@ __all__ = [
     "DenseMixerLayer",
     "UnsupportedModelError",
     "apply_densemixer",
+    "attach",
+    "attached_handle",
     "attached_layers",
     "has_experts",
 ]
-
-logger = logging.getLogger("densemixer")
 
 
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
@@ -55,6 +62,18 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
         ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.
     """
+    handle = attach(model, config)
+    try:
+        announce(describe(model, handle.layers))
+        handle.warn_of_frozen_routers()
+    except BaseException:  # of the program's own logging
+        handle.remove()
+        raise
+    return handle
+
+
+def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
+    """`apply_densemixer` for adapters that tell the user in the words of their framework: nothing is logged."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_densemixer: the model must be a torch.nn.Module, got {type(model).__name__}")
     config = DenseMixerConfig() if config is None else config
@@ -79,18 +98,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
             "switch it off for this model."
         )
     _make_way(model, layers)
-    handle = DenseMixerHandle(model, layers)
-    logger.log(
-        logging.DEBUG if os.environ.get("RANK", "").strip("0 ").isdigit() else logging.INFO,
-        "DenseMixer is attached to %d layers of %s (%s): estimator %s, %.3g GFLOP more a token in the backward",
-        len(layers),
-        type(model).__name__,
-        getattr(getattr(model, "config", None), "model_type", "no model type"),
-        config.estimator,
-        1e-9 * sum(layer.extra_operations for layer in layers),
-    )
-    handle.warn_of_frozen_routers()
-    return handle
+    return DenseMixerHandle(model, layers)
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -136,6 +144,11 @@ def _make_way(model: nn.Module, layers: list[DenseMixerLayer]) -> None:
         handle.remove()
 
 
+def attached_handle(model: nn.Module) -> DenseMixerHandle | None:
+    """What `apply_densemixer` returned for a model, while it is attached."""
+    return next((layer.handle for layer in attached_layers(model)), None)
+
+
 class DenseMixerHandle:
     """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
 
@@ -144,14 +157,15 @@ class DenseMixerHandle:
     Attributes:
         layers: The layers, in the model's order.
         gives_way: Whether attaching DenseMixer again takes this one's place rather than being an error.
+        frozen_routers: What warns of them.
     """
 
     def __init__(self, model: nn.Module, layers: list[DenseMixerLayer]) -> None:
         self.layers = layers
         self.gives_way = False
+        self.frozen_routers = FrozenRouters(layers)
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._origin = uuid.uuid4().hex  # the same in copies
-        self._known_as_frozen: set[str] = set()
         self._said: set[str] = set()
         for layer in layers:
             layer.attach(self)
@@ -161,57 +175,31 @@ class DenseMixerHandle:
         return {**vars(self), "_model": None, "gives_way": True}
 
     def warn_of_frozen_routers(self) -> None:
-        """Log one warning for all layers whose router is frozen now and wasn't when this was last called."""
-        frozen = [layer.router_name for layer in self.layers if layer.router_is_frozen]
-        new = [name for name in frozen if name not in self._known_as_frozen]
-        self._known_as_frozen = set(frozen)
-        if not new:
-            return
-        logger.warning(
-            "DenseMixer has nothing to train where the router is frozen: %s%s. Such a layer trains as without "
-            'DenseMixer. With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["%s"]); '
-            "otherwise call requires_grad_(True) on it.",
-            new[0],
-            f" and {len(new) - 1} more" if len(new) > 1 else "",
-            ".".join(new[0].split(".")[-2:]),
-        )
+        """Log one warning for all layers whose router is frozen now, but once for each."""
+        self.frozen_routers.warn()
 
     def warn_of_unread_metrics(self) -> None:
         """Log one warning that nobody reads the metrics that the options ask for."""
-        self._say_once(
-            "DenseMixer: the option metrics does nothing in this training loop, where nobody reads router metrics. The "
-            "Trainer of transformers logs them if it has densemixer_adapters.callback.DenseMixerCallback() among its "
-            "callbacks, or under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory and verl with the option set there. "
-            "Otherwise leave it out."
-        )
+        self._warn_once(UNREAD_METRICS)
 
-    def warn_of_overflow(self, count: Tensor) -> None:
+    def warn_of_overflow(self, name: str, count: Tensor) -> None:
         """Log one warning, if any of a float16 backward's inner products has overflowed.
 
         Args:
+            name: The layer.
             count: How many have, a scalar tensor. Waits for the device until there has been a warning.
         """
-        if self._OVERFLOW not in self._said and count.item():
-            self._say_once(self._OVERFLOW)
+        if OVERFLOW not in self._said and count.item():
+            self._warn_once(OVERFLOW, name)
 
     def warn_of_changed_experts(self, name: str) -> None:
-        """Log one warning for all layers."""
-        if not any("written to in place" in said for said in self._said):
-            self._say_once(
-                f"DenseMixer: the weights of the experts of {name} were written to in place between its forward and "
-                "its backward. The gradient that DenseMixer adds is that of the weights as they are in the backward."
-            )
+        """Log one warning that a layer's experts were written to between its forward and its backward."""
+        self._warn_once(CHANGED_EXPERTS, name)
 
-    _OVERFLOW = (
-        "DenseMixer: for some tokens the output of an expert that wasn't selected doesn't fit into float16. Such a "
-        "pair of a token and an expert counts as nothing, as in conventional training. Router metrics count them as "
-        "pairs_left_out. bfloat16 has no such limit."
-    )
-
-    def _say_once(self, text: str) -> None:
+    def _warn_once(self, text: str, name: str = "") -> None:
         if text not in self._said:
             self._said.add(text)
-            logger.warning("%s", text)
+            warn(text.format(name=name))
 
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from densemixer_adapters.metric_names import CHANGE, LOST, NORM, SHARE
 
@@ -11,36 +11,71 @@ CHANGE_THRESHOLD = 0.01
 """The routing change below which a run's routers count as unchanged: fewer than one in a hundred choices."""
 SHARE_THRESHOLD = 0.01
 """The share of the gradient below which unselected experts count as having no say."""
+ENOUGH_STEPS = 100
+"""How many steps it takes to say that nothing happens.
+
+One in a hundred choices changes where the logits move by a hundredth of their spread (random logits; 8 of 128 experts,
+8 of 64, 4 of 32). A logit is a product with some 2000 inputs of size 1, and Adam moves a weight by up to the learning
+rate in a step: at 1e-5 that is up to 0.016 a step. Where all but a hundredth of it cancels out, it takes a hundred
+steps. Zero is zero from the first step on.
+"""
+
+Points = Sequence[tuple[int, float]]
+"""Steps, and the values measured there."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether DenseMixer does something in a run, and why."""
+    """Whether DenseMixer does something in a run, and why.
 
-    works: bool
+    Attributes:
+        works: None if what was measured can't say.
+        text: A sentence without its full stop.
+    """
+
+    works: bool | None
     text: str
 
 
-def judge(metrics: Mapping[str, float]) -> Verdict:
-    """From a run's metrics over all layers, the last ones measured, by their names in `metric_names`.
+def judge(curves: Mapping[str, Points]) -> Verdict:
+    """From a run's metrics over all layers, by their names in `metric_names`.
+
+    It follows from what was measured last: what is missing, or no number, is no evidence.
 
     Args:
-        metrics: Those that there are; what is missing says nothing.
+        curves: Those that there are, in the order of the steps, which are counted from the start of the run.
     """
     idle = "DenseMixer is doing nothing here"
-    share, change = metrics.get(SHARE), metrics.get(CHANGE)
+    norms = dict(curves.get(NORM, ()))
+    if norms and all(norm == 0 for norm in norms.values()):
+        return Verdict(False, f"no gradient reaches the routers: {idle}")
+    # Of no gradient nothing can be a share, as in a step in which all routers that it reaches are frozen.
+    share = _last([point for point in curves.get(SHARE, ()) if norms.get(point[0]) != 0])
+    change, lost = _last(curves.get(CHANGE, ())), _last(curves.get(LOST, ()))
+    steps = max((step for points in curves.values() for step, _ in points), default=0)
     taught = "" if share is None else f"{_percent(share)} of the routers' gradient is from unselected experts"
     moved = "" if change is None else f"{_percent(change)} of the routers' choices changed since the start"
-    if metrics.get(NORM) == 0:
-        return Verdict(False, f"no gradient reaches the routers: {idle}")
+    small = ""
     if share is not None and share < SHARE_THRESHOLD:
-        return Verdict(False, f"{taught}: {idle}")
-    if change is not None and change < CHANGE_THRESHOLD:
-        lost = metrics.get(LOST, 0.0)
-        reason = f"; rounding swallows {_percent(lost)} of the updates of their weights" if lost > 0.5 else ""
-        return Verdict(False, f"{moved}: {idle}{reason}")
+        small = taught
+    elif change is not None and change < CHANGE_THRESHOLD:
+        small = moved
+    reason = f"; rounding swallows {_percent(lost)} of the updates of their weights" if lost and lost > 0.5 else ""
+    if small and (steps >= ENOUGH_STEPS or share == 0):
+        return Verdict(False, f"{small}: {idle}{reason}")
+    if small:
+        return Verdict(None, f"{small}, after {steps} steps: below {ENOUGH_STEPS}, that is too early to say{reason}")
+    if share is None:
+        unknown = "what part of the routers' gradient is from unselected experts wasn't measured"
+        found = f"{moved}, but {unknown}" if moved else unknown
+        return Verdict(None, f"can't say whether DenseMixer is at work: {found}")
     found = " and ".join(filter(None, [taught, moved]))
     return Verdict(True, f"DenseMixer is at work: {found}; whether that helps, an evaluation must say")
+
+
+def _last(points: Points) -> float | None:
+    """The last value, if it is one that a share can have."""
+    return points[-1][1] if points and 0 <= points[-1][1] <= 1 else None
 
 
 def _percent(value: float) -> str:

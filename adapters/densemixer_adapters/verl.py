@@ -21,17 +21,20 @@ import difflib
 import functools
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
 
 from densemixer_adapters import _boot
-from densemixer_adapters.environment import detach
+from densemixer_adapters.announce import describe
+from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
 from densemixer_adapters.metrics import RouterMeter
 from densemixer_adapters.router_metrics import RouterMetrics
-from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer
+from densemixer_adapters.switch import quotes
+from densemixer_adapters.transformers import DenseMixerLayer, attach, attached_handle
 from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"
@@ -86,7 +89,7 @@ def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
         ValueError: Our key's value or an option is wrong, or a key looks like a misspelling of ours.
     """
     for key in (key for place in _places(override_config) for key in place):
-        if key != KEY and difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8):
+        if key != KEY and _looks_like_our_key(key):
             raise ValueError(f"override_config.{key}: no such key; did you mean {SWITCH}?")
     value = _value(override_config)
     if value is None or value is False:
@@ -94,7 +97,7 @@ def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
     if value is True:
         return DenseMixerConfig()
     if not isinstance(value, Mapping):
-        raise ValueError(f"{SWITCH} must be true, false or a mapping of options, got {value!r}")
+        raise ValueError(f"{SWITCH} must be true, false or a mapping of options, got {value!r}{quotes(value)}")
     try:
         return DenseMixerConfig.from_dict(value)
     except (TypeError, ValueError) as error:
@@ -110,7 +113,13 @@ def patch_model_config(module: Any) -> None:
     """Keep our key out of the model's configuration, and so of checkpoints, and have it travel with verl's."""
     module.update_model_config = _without_our_key(module.update_model_config)
     config_class = module.HFModelConfig
-    original = config_class.__reduce_ex__
+    original, build = config_class.__reduce_ex__, config_class.__init__
+
+    @functools.wraps(build)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        for key in filter(_looks_like_our_key, kwargs):
+            raise ValueError(f"model.{key}: no such key; did you mean model.{SWITCH}?")
+        build(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         # The driver builds the critic's configuration and sends it to the workers, which then don't import
@@ -119,6 +128,7 @@ def patch_model_config(module: Any) -> None:
             (_rebuild, (type(self), self.__dict__)) if read_options(self.override_config) else original(self, protocol)
         )
 
+    config_class.__init__ = __init__
     config_class.__reduce_ex__ = __reduce_ex__
 
 
@@ -149,45 +159,37 @@ def patch_engine_registry(module: Any) -> None:
 def patch_fsdp_engine(module: Any) -> None:
     """Attach DenseMixer where the engine builds its model, before LoRA and FSDP wrap it; measure where it steps."""
     engine = module.FSDPEngine
-    build, build_lora, step = engine._build_module, engine._build_lora_module, engine.optimizer_step
-    build_fsdp = engine._build_fsdp_module
+    build, build_fsdp, step = engine._build_module, engine._build_fsdp_module, engine.optimizer_step
 
     @functools.wraps(build)
     def _build_module(self: Any) -> Any:
-        model = build(self)
+        ours = _value(_override_config(self.model_config)) is not None
+        with left_alone() if ours else nullcontext():
+            model = build(self)
         # A reference policy is built from the actor's configuration, but only ever runs forward.
         options = None if self.engine_config.forward_only else _options(self.model_config)
-        if options is not None:
-            if self._qat_enabled:
-                raise ValueError(
-                    f"{SWITCH} doesn't work with quantisation-aware training (qat.enable). Switch one off."
-                )
-            try:
-                self._densemixer = UpdateMetrics(apply_densemixer(model, options).layers, options.metrics)
-            except ValueError as error:
-                raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
-            if self.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
-                print(f"DenseMixer trains the routers of {len(self._densemixer.layers)} layers: {options}")
-        elif _value(_override_config(self.model_config)) is False:
-            detach(model)
-        return model
-
-    @functools.wraps(build_lora)
-    def _build_lora_module(self: Any, model: Any) -> Any:
-        model = build_lora(self, model)
-        attached = _attached(self)
-        if attached is not None and all(layer.router_is_frozen for layer in attached.layers):
-            weight = ".".join([*attached.layers[0].router_name.split(".")[-2:], "weight"])
-            raise ValueError(
-                f"{SWITCH}: LoRA leaves the routers frozen, so DenseMixer has nothing to train. Set "
-                f"+…model.target_parameters=[{weight}] for this role, or drop {SWITCH}."
-            )
+        if options is None:
+            return model
+        if self._qat_enabled:
+            raise ValueError(f"{SWITCH} doesn't work with quantisation-aware training (qat.enable). Switch one off.")
+        try:
+            self._densemixer = UpdateMetrics(attach(model, options).layers, options.metrics)
+        except ValueError as error:
+            raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
         return model
 
     @functools.wraps(build_fsdp)
     def _build_fsdp_module(self: Any, model: Any) -> Any:
+        attached, handle = _attached(self), attached_handle(model)
+        if (
+            attached is not None and self.rank == 0
+        ):  # verl prints what it builds; its log level hides what isn't a warning
+            print(describe(model, attached.layers))
+        if handle is not None and not self.engine_config.forward_only:
+            # No error, even if all are frozen: LoRA on attention alone is training as without DenseMixer.
+            handle.frozen_routers.fix = "Set +…model.target_parameters=[{router}.weight] for this role to train them."
+            handle.warn_of_frozen_routers()
         model = build_fsdp(self, model)
-        attached = _attached(self)
         if attached is not None:
             attached.watch(model)
         return model
@@ -198,7 +200,6 @@ def patch_fsdp_engine(module: Any) -> None:
         return step(self) if attached is None else attached.around_step(self, step)
 
     engine._build_module = _build_module
-    engine._build_lora_module = _build_lora_module
     engine._build_fsdp_module = _build_fsdp_module
     engine.optimizer_step = optimizer_step
 
@@ -217,6 +218,10 @@ def patch_training_worker(module: Any) -> None:
         return result
 
     worker._postprocess_output = _postprocess_output
+
+
+def _looks_like_our_key(key: Any) -> bool:
+    return bool(difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8))
 
 
 def _options(model_config: Any) -> DenseMixerConfig | None:

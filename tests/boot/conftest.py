@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,18 @@ from installs import Environment, build_wheel
 @pytest.fixture(scope="session")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the original package."""
+    folder = tmp_path_factory.mktemp("original")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, "densemixer==1.0.1"]
+    done = subprocess.run(pip, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"needs densemixer 1.0.1 from a package index: {done.stderr[-300:]}")
+    (wheel,) = folder.glob("densemixer-*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="session")

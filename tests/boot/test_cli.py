@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import packaging
 import pytest
 from installs import Environment
+
+from densemixer_adapters.doctor import Check, check_environment
 
 pytest.importorskip("typer", reason="needs typer, which the package requires; install it with pip")
 
@@ -96,15 +99,16 @@ def test_run_reaches_child_processes_where_pth_files_do_not_run(target: Environm
         assert (done.stdout.split(), done.stderr) == (["True"], "")
 
 
-@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": "0"}])
+@pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": ""}, {"DENSEMIXER_ENABLED": "0"}])
 def test_run_enables_densemixer_unless_told_otherwise(target: Environment, variables: dict[str, str]) -> None:
     path = str(target.folder / "target")
     code = (
         "import os; from densemixer_adapters import _boot; "
-        "print(os.environ['DENSEMIXER_ENABLED'], 'transformers.modeling_utils' in _boot.PATCHES)"
+        "print(os.environ['DENSEMIXER_ENABLED'], 'transformers.modeling_utils' in _boot.patches())"
     )
     done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path, **variables)
-    assert done.stdout == ("0 False\n" if variables else "1 True\n"), done.stderr
+    off = variables.get("DENSEMIXER_ENABLED") == "0"
+    assert done.stdout == ("0 False\n" if off else "1 True\n"), done.stderr
 
 
 def test_run_keeps_a_sitecustomize_that_was_there(target: Environment, tmp_path: Path) -> None:
@@ -113,6 +117,44 @@ def test_run_keeps_a_sitecustomize_that_was_there(target: Environment, tmp_path:
     code = f"import sitecustomize; print(sitecustomize.THEIRS, sitecustomize.__file__); {LIVE}"
     done = target.run(target.python, *RUN, "python", "-c", code, PYTHONPATH=path)
     assert done.stdout == f"1 {tmp_path / 'sitecustomize.py'}\nTrue\n"
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_run_leaves_a_python_without_the_package_as_it_is(full: Environment, tmp_path: Path, own: bool) -> None:
+    """With a `sitecustomize` of its own, or the one that every Python here has, if any."""
+    other = Environment.create(tmp_path / "other")
+    if own:
+        (other.packages / "sitecustomize.py").write_text("THEIRS = 1\n")
+    code = (
+        "import sys; found = sys.modules.get('sitecustomize'); "
+        "print(getattr(found, 'THEIRS', None), *[name for name in sys.modules if 'densemixer' in name])"
+    )
+    done = full.run(full.python, *RUN, other.python, "-c", code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n" if own else "None\n", "")
+
+
+def test_run_has_the_shell_run_a_script_without_a_first_line(full: Environment, tmp_path: Path) -> None:
+    script = tmp_path / "train"
+    script.write_text('echo "$DENSEMIXER_ENABLED" "$0" "$1" "$2"; exit 5\n')
+    script.chmod(0o755)
+    for name in (script, "train"):
+        path = f"{tmp_path}:{full.scripts}"
+        done = full.run(full.python, *RUN, name, "--json", "a b", PATH=path)
+        assert (done.returncode, done.stdout) == (5, f"1 {script} --json a b\n"), done.stderr
+
+
+@pytest.mark.parametrize("kind", ["not executable", "a folder", "no interpreter"])
+def test_run_says_what_cannot_be_executed(full: Environment, tmp_path: Path, kind: str) -> None:
+    script = tmp_path / "train"
+    if kind == "a folder":
+        script.mkdir()
+    else:
+        script.write_text("#!/no/such/interpreter\n")
+        script.chmod(0o755 if kind == "no interpreter" else 0o644)
+    done = full.run(full.python, *RUN, script)
+    assert (done.returncode, done.stdout) == (126, "")
+    assert done.stderr.startswith(f"densemixer run: cannot execute: {script}")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_run_passes_arguments_and_the_exit_status_on(full: Environment) -> None:
@@ -185,3 +227,65 @@ def test_setup_says_why_it_cannot(own_target: Environment) -> None:
     error = refusal()
     assert f"can't write {own_target.packages / 'densemixer-setup.pth'}" in error
     assert "densemixer run -- COMMAND" in error
+
+
+ENVIRONMENTS: dict[str, tuple[dict[str, str], str, str, str]] = {
+    "nothing": ({}, "ok", "no variable of DenseMixer is set", ""),
+    "on": (
+        {"DENSEMIXER_ENABLED": "1", "DENSEMIXER_BUDGET": "0.5"},
+        "ok",
+        "DENSEMIXER_BUDGET=0.5, DENSEMIXER_ENABLED=1",
+        "",
+    ),
+    "off": ({"DENSEMIXER_ENABLED": "0"}, "ok", "DENSEMIXER_ENABLED=0", ""),
+    "the hook alone": ({"DENSEMIXER_BOOT": "1"}, "ok", "DENSEMIXER_BOOT=1", ""),
+    "no effect": (
+        {"DENSEMIXER_ESTIMATOR": "centered"},
+        "note",
+        "DENSEMIXER_ESTIMATOR=centered: no effect without DENSEMIXER_ENABLED=1",
+        "export DENSEMIXER_ENABLED=1",
+    ),
+    "empty": (
+        {"DENSEMIXER_ENABLED": " "},
+        "note",
+        "DENSEMIXER_ENABLED is set, but empty, and so switches nothing on",
+        "export DENSEMIXER_ENABLED=1, or unset it",
+    ),
+}
+WRONG = {
+    "DENSEMIXER_ESTIMATER": ("centered", "DENSEMIXER_ESTIMATER (did you mean DENSEMIXER_ESTIMATOR?)"),
+    "DENSEMIXER_ENABLED": ("maybe", "environment variable DENSEMIXER_ENABLED='maybe': must be 1 or 0"),
+    "DENSEMIXER_BOOT": ("flase", "environment variable DENSEMIXER_BOOT='flase': must be 1 or 0"),
+    "DENSEMIXER_QWEN3": ("no way", "environment variable DENSEMIXER_QWEN3='no way': must be 1 or 0"),
+    "DENSEMIXER_BUDGET": ("2", "environment variable DENSEMIXER_BUDGET='2': budget must be above 0"),
+    "DENSEMIXER_LOG_LEVEL": ("loud", "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of"),
+    "DENSEMIXER_MODELS": ("qwen-3", "environment variable DENSEMIXER_MODELS: qwen-3: no such model type"),
+}
+
+
+@pytest.mark.parametrize("case", ENVIRONMENTS)
+def test_doctor_reads_the_environment(case: str) -> None:
+    variables, state, detail, fix = ENVIRONMENTS[case]
+    assert list(check_environment({"PATH": "/bin", **variables})) == [Check("environment", state, detail, fix)]
+
+
+@pytest.mark.parametrize("variable", WRONG)
+@pytest.mark.parametrize("switch", [{}, {"DENSEMIXER_ENABLED": "1"}])
+def test_doctor_says_what_is_wrong_in_the_environment(variable: str, switch: dict[str, str]) -> None:
+    value, message = WRONG[variable]
+    (check,) = check_environment({**switch, variable: value})
+    assert (check.state, check.fix) == ("problem", "correct or unset it")
+    assert message in check.detail
+
+
+def test_a_wrong_environment_is_a_problem_of_the_report(full: Environment) -> None:
+    status, checks = report(full, DENSEMIXER_ESTIMATER="centered")
+    assert status == 1
+    assert WRONG["DENSEMIXER_ESTIMATER"][1] in checks["environment"]["detail"]
+
+
+def test_values_cannot_be_checked_without_torch(bare: Environment, tmp_path: Path) -> None:
+    (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
+    code = "import os; from densemixer_adapters import doctor; print(*doctor.check_environment(os.environ))"
+    done = bare.run(bare.python, "-c", code, PYTHONPATH=str(tmp_path), DENSEMIXER_BUDGET="2")
+    assert "DENSEMIXER_BUDGET: can't be checked (No module named 'torch')" in done.stdout, done.stderr

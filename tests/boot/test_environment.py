@@ -71,6 +71,50 @@ for how, folder, variables in json.loads(sys.argv[1]):
         results.append(str(error))
 print(json.dumps(results))
 """
+# Loads a model under each way of setting up logging, and prints what that brought to standard error.
+SPEAKING = """
+import contextlib, io, json, logging, sys
+from transformers import AutoModelForCausalLM
+
+class OthersOnly(logging.Filter):
+    def filter(self, record):
+        return not record.name.startswith("densemixer")
+
+def handle(level=logging.NOTSET, filter=None):
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setLevel(level)
+    handler.setFormatter(logging.Formatter("theirs: %(message)s"))
+    if filter is not None:
+        handler.addFilter(filter)
+    logging.getLogger().addHandler(handler)
+
+SETUPS = {
+    "none": lambda: None,
+    "a level of errors": lambda: logging.getLogger().setLevel(logging.ERROR),
+    "the default level": handle,
+    "info": lambda: (handle(), logging.getLogger().setLevel(logging.INFO)),
+    "a handler for warnings": lambda: handle(logging.WARNING),
+    "a handler for other loggers": lambda: handle(filter=OthersOnly()),
+    "a handler for nothing": lambda: logging.getLogger().addHandler(logging.NullHandler()),
+    "its level": lambda: logging.getLogger("densemixer").setLevel(logging.WARNING),
+}
+found = {}
+for name, set_up in SETUPS.items():
+    for logger in (logging.getLogger(), logging.getLogger("densemixer")):
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET if logger.parent else logging.WARNING)
+    with contextlib.redirect_stderr(io.StringIO()) as heard:
+        set_up()
+        for folder in sys.argv[1:]:
+            AutoModelForCausalLM.from_pretrained(folder)
+    found[name] = [line for line in heard.getvalue().splitlines() if "DenseMixer" in line or "DENSEMIXER" in line]
+print(json.dumps(found))
+"""
+SPOKEN = [
+    "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, layers 0:, "
+    "4.915e-05 GFLOP more a token in the backward",
+    "DENSEMIXER_ENABLED=1: Qwen3ForCausalLM has no Mixture-of-Experts layers, so nothing is attached",
+]
 HOWS = (
     "from_pretrained",
     "from_config",
@@ -101,7 +145,14 @@ WRONG: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "environment variable DENSEMIXER_METRICS='maybe': must be 1 or 0": ("qwen3", {"DENSEMIXER_METRICS": "maybe"}),
     "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of": ("qwen3", {"DENSEMIXER_LOG_LEVEL": "loud"}),
-    "layers=(9,): the model has 2 Mixture-of-Experts layers": ("qwen3", {"DENSEMIXER_LAYERS": "9"}),
+    "unknown environment variable of DenseMixer: DENSEMIXER_ESTIMATER (did you mean DENSEMIXER_ESTIMATOR?)": (
+        "qwen3",
+        {"DENSEMIXER_ESTIMATER": "centered"},
+    ),
+    "environment variable DENSEMIXER_LAYERS: layers=(9,): the model has 2 Mixture-of-Experts layers": (
+        "qwen3",
+        {"DENSEMIXER_LAYERS": "9"},
+    ),
     "DENSEMIXER_ENABLED=1: model.layers.0.feed_forward (Llama4TextMoe): DenseMixer can't train it": ("llama4", {}),
 }
 
@@ -161,7 +212,7 @@ def test_any_way_of_loading(full: Environment, checkpoints: Path) -> None:
     for how, share, line in zip(HOWS, results, lines, strict=True):
         assert share > 1e-3, how
         assert line.startswith("densemixer|INFO|DenseMixer is attached to 2 layers of "), how
-        assert "(qwen3_moe): estimator densemixer, 4.92e-05 GFLOP more a token in the backward" in line
+        assert "(qwen3_moe): estimator densemixer, 4.915e-05 GFLOP more a token in the backward" in line
 
 
 @pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": "0"}])
@@ -211,14 +262,48 @@ def test_a_refused_model_says_how_to_leave_it_out(on: dict[str, str]) -> None:
     assert "name them in DENSEMIXER_MODELS" in on[list(WRONG)[-1]]
 
 
-def test_a_dense_model_is_left_alone(full: Environment, checkpoints: Path) -> None:
-    code = (
-        "import sys, logging; logging.basicConfig(level=logging.INFO); from transformers import AutoModelForCausalLM; "
-        "AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    )
-    done = full.run(full.python, "-c", code, checkpoints / "dense", DENSEMIXER_ENABLED="1")
-    assert done.returncode == 0
-    assert "Qwen3ForCausalLM has no Mixture-of-Experts layers, so nothing is attached" in done.stderr
+def test_one_line_a_model_whatever_logging_is_set_up(full: Environment, checkpoints: Path) -> None:
+    variables = {"DENSEMIXER_ENABLED": "1", "DENSEMIXER_ESTIMATOR": "centered", "DENSEMIXER_LAYERS": "0:"}
+    done = full.run(full.python, "-c", SPEAKING, checkpoints / "qwen3", checkpoints / "dense", **variables)
+    assert done.returncode == 0, done.stderr
+    heard = json.loads(done.stdout.splitlines()[-1])
+    assert heard.pop("its level") == []  # somebody wanted it so
+    for theirs in ("the default level", "info"):
+        assert heard.pop(theirs) == [f"theirs: {line}" for line in SPOKEN]
+    assert list(heard.values()) == [SPOKEN] * 5
+
+
+# In the words of a program that sets the variable itself, at three places.
+SETTING = """
+import os, sys, torch
+os.environ.update({"DENSEMIXER_ENABLED": "1"} if sys.argv[2] == "before" else {})
+import transformers
+os.environ.update({"DENSEMIXER_ENABLED": "1"} if sys.argv[2] == "between" else {})
+from transformers import Qwen3MoeForCausalLM
+os.environ.update({"DENSEMIXER_ENABLED": "1"} if sys.argv[2] == "after" else {})
+model = Qwen3MoeForCausalLM.from_pretrained(sys.argv[1])
+tokens = torch.arange(24).reshape(2, 12)
+model(input_ids=tokens, labels=tokens).loss.backward()
+torch.optim.SGD(model.parameters(), 0.1).step()
+print(sum(len(module._forward_hooks) for module in model.modules()))
+"""
+
+
+@pytest.mark.parametrize("place", ["before", "between", "after", "never"])
+def test_a_program_that_sets_the_variable_itself(full: Environment, checkpoints: Path, place: str) -> None:
+    done = full.run(full.python, "-c", SETTING, checkpoints / "qwen3", place)
+    assert done.returncode == 0, done.stderr
+    assert (int(done.stdout) > 0) == (place in ("before", "between"))
+    late = "DENSEMIXER_ENABLED was set after transformers.modeling_utils had been imported. That is too late"
+    assert done.stderr.count(late) == (place == "after")
+
+
+def test_metrics_that_nobody_reads(full: Environment, checkpoints: Path) -> None:
+    variables = {"DENSEMIXER_ENABLED": "1", "DENSEMIXER_METRICS": "1"}
+    done = full.run(full.python, "-c", SETTING, checkpoints / "qwen3", "never", **variables)
+    assert done.stderr.count("the option metrics does nothing in this training loop") == 1
+    done = full.run(full.python, "-c", SETTING, checkpoints / "qwen3", "never", **variables, RANK="1")
+    assert "the option metrics" not in done.stderr
 
 
 def test_an_explicit_call_takes_its_place(full: Environment, checkpoints: Path) -> None:

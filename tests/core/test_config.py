@@ -1,6 +1,9 @@
 import dataclasses
+import sys
 
 import pytest
+import torch
+from layers import Case, Layer
 
 from densemixer_core import DenseMixerConfig
 
@@ -28,6 +31,8 @@ def test_from_dict() -> None:
         ),
         ({"estimator": 1}, TypeError, "estimator must be a string"),
         ({"workspace_mb": 0}, ValueError, "workspace_mb must be at least 1"),
+        ({"workspace_mb": 10**400}, ValueError, "workspace_mb must be at least 1 (MiB) and at most"),
+        ({"workspace_mb": (sys.maxsize >> 20) + 1}, ValueError, "workspace_mb must be at least 1 (MiB) and at most"),
         ({"workspace_mb": "64"}, TypeError, "workspace_mb must be an integer"),
         ({"workspace_mb": True}, TypeError, "workspace_mb must be an integer"),
         ({"budget": 0}, ValueError, "budget must be above 0 and at most 1 (1 evaluates all experts), got 0"),
@@ -69,6 +74,7 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
         ("DENSEMIXER_ESTIMATOR", "dense"),
         ("DENSEMIXER_WORKSPACE_MB", "much"),
         ("DENSEMIXER_WORKSPACE_MB", "0"),
+        ("DENSEMIXER_WORKSPACE_MB", str(2**60)),
         ("DENSEMIXER_BUDGET", "2"),
         ("DENSEMIXER_METRICS", "maybe"),
     ],
@@ -76,3 +82,29 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"environment variable {variable}='{value}'"):
         DenseMixerConfig.from_environment({variable: value})
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(DenseMixerConfig))
+def test_a_misspelt_variable_is_named(field: dataclasses.Field[object]) -> None:
+    name = f"DENSEMIXER_{field.name.upper()}"
+    with pytest.raises(ValueError, match=rf"variable of DenseMixer: {name}X \(did you mean {name}\?\)"):
+        DenseMixerConfig.from_environment({f"{name}X": "1", name: "1"})
+
+
+def test_variables_that_are_no_options_are_known() -> None:
+    names = ("BOOT", "ENABLED", "LOG_LEVEL", "MODELS", "OLMOE", "QWEN2", "QWEN3")
+    environ = {f"DENSEMIXER_{name}": "0" for name in names}
+    assert DenseMixerConfig.from_environment({**environ, "DENSE": "", "densemixer_budget": "9"}) == DenseMixerConfig()
+    with pytest.raises(
+        ValueError, match=r"DENSEMIXER_A, DENSEMIXER_MODEL \(did you mean DENSEMIXER_MODELS\?\); known:"
+    ):
+        DenseMixerConfig.from_environment({**environ, "DENSEMIXER_MODEL": "", "DENSEMIXER_A": ""})
+
+
+@pytest.mark.parametrize("budget", [1, 0.25])
+def test_the_largest_workspace_works(budget: float) -> None:
+    case = Case(tokens=32, hidden=16, ffn=8)
+    default, largest = (
+        Layer(case).ours(DenseMixerConfig(budget=budget, workspace_mb=size)) for size in (256, sys.maxsize >> 20)
+    )
+    assert all(torch.equal(largest[name], default[name]) for name in default)

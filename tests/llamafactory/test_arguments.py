@@ -73,6 +73,16 @@ def attached_layers(model: torch.nn.Module) -> set[str]:
     return {owner.name for owner in owners if isinstance(owner, DenseMixerLayer)}
 
 
+def enable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the start-up hook does it where the environment asks for DenseMixer."""
+    from transformers import PreTrainedModel, modeling_utils
+
+    for name in ("from_pretrained", "_from_config"):
+        monkeypatch.setattr(PreTrainedModel, name, vars(PreTrainedModel)[name])  # to be restored afterwards
+    patch_modeling_utils(modeling_utils)
+    monkeypatch.setenv("DENSEMIXER_ENABLED", "1")
+
+
 def test_the_help_is_the_same_but_for_our_fields(llamafactory: LlamaFactory) -> None:
     def words(boot: str) -> list[str]:
         done = run([SCRIPTS / "llamafactory-cli", "train", "-h"], DENSEMIXER_BOOT=boot, COLUMNS="100000")
@@ -102,15 +112,44 @@ def test_wrong_options(arguments: dict[str, Any], options: object, message: str)
         parse({**arguments, "densemixer": options})
 
 
-def test_a_switch_that_is_not_one(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="use_densemixer must be true or false, got 'yes please'"):
-        parse({**arguments, "use_densemixer": "yes please"})
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("yes please", "got 'yes please'$"),
+        ("true", "got 'true'; write true, without quotes$"),
+        ("off", "got 'off'; write false, without quotes$"),
+    ],
+)
+def test_a_switch_that_is_not_one(arguments: dict[str, Any], value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"use_densemixer must be true or false, {message}"):
+        parse({**arguments, "use_densemixer": value})
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [([], None), (["--use_densemixer"], True), (["--use_densemixer", "true"], True), (["--use_densemixer=no"], False)],
+)
+@pytest.mark.parametrize("engine", ["v0", "v1"])
+def test_the_switch_on_a_command_line(
+    arguments: dict[str, Any], engine: str, words: list[str], value: bool | None
+) -> None:
+    """As the two engines parse it where there is no YAML."""
+    from llamafactory.hparams import FinetuningArguments
+    from llamafactory.v1.config.model_args import ModelArguments
+    from transformers import HfArgumentParser
+
+    parser = HfArgumentParser(FinetuningArguments if engine == "v0" else ModelArguments)
+    (parsed,) = parser.parse_args_into_dataclasses(words)
+    assert parsed.use_densemixer is value
 
 
 def test_options_reach_the_layers(arguments: dict[str, Any], messages: list[str]) -> None:
     model = load({**arguments, "densemixer": {"estimator": "centered", "layers": [-1]}})
     assert attached_layers(model) == {"model.layers.1.mlp"}
-    assert any("DenseMixer trains the routers of 1 layers" in text and "centered" in text for text in messages)
+    (line,) = [text for text in messages if "DenseMixer is attached to" in text]
+    assert line.startswith(
+        "DenseMixer is attached to 1 layers of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, layers (-1,), "
+    )
 
 
 def test_options_as_json_on_a_command_line(arguments: dict[str, Any]) -> None:
@@ -143,12 +182,7 @@ def test_options_without_the_switch(arguments: dict[str, Any], messages: list[st
 def test_the_key_takes_precedence_over_the_environment(
     arguments: dict[str, Any], keys: dict[str, Any], attached: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import PreTrainedModel, modeling_utils
-
-    for name in ("from_pretrained", "_from_config"):
-        monkeypatch.setattr(PreTrainedModel, name, vars(PreTrainedModel)[name])  # to be restored afterwards
-    patch_modeling_utils(modeling_utils)
-    monkeypatch.setenv("DENSEMIXER_ENABLED", "1")
+    enable(monkeypatch)
     del arguments["use_densemixer"]
     assert attached_layers(load({**arguments, **keys})) == attached
 
@@ -160,7 +194,7 @@ def test_the_arguments_can_be_pickled(arguments: dict[str, Any]) -> None:
 
 
 def test_layers_that_the_model_does_not_have(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
+    with pytest.raises(ValueError, match=r"^densemixer: layers=\(7,\): the model has 2 Mixture-of-Experts layers"):
         load({**arguments, "densemixer": {"layers": [7]}})
 
 
@@ -201,23 +235,96 @@ def test_a_model_without_experts(arguments: dict[str, Any], llamafactory: LlamaF
     for file in llamafactory.model.glob("*token*"):
         (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
     dense = {**arguments, "model_name_or_path": str(tmp_path / "dense")}
-    with pytest.raises(UnsupportedModelError, match="Qwen3ForCausalLM has no Mixture-of-Experts layers"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"^use_densemixer: Qwen3ForCausalLM has no Mixture-of-Experts layers"
+    ):
         load(dense)
     load({**dense, "use_densemixer": False})
 
 
-@pytest.mark.parametrize("fixed", [False, True])
-def test_a_frozen_router_is_a_warning_with_the_fix(arguments: dict[str, Any], messages: list[str], fixed: bool) -> None:
-    lora = {**arguments, "finetuning_type": "lora", "lora_target": "q_proj,v_proj"}
-    load({**lora, "additional_target": "mlp.gate"} if fixed else lora)
-    warned = any("In the YAML, set additional_target: mlp.gate." in text for text in messages)
-    assert warned is not fixed
+FROZEN = {
+    # settings, of how many layers the routers are frozen, the fix, and the settings with it
+    "lora": (
+        {"finetuning_type": "lora", "lora_target": "q_proj,v_proj"},
+        2,
+        "additional_target: mlp.gate",
+        {"additional_target": "mlp.gate"},
+    ),
+    "lora on all": (
+        {"finetuning_type": "lora", "lora_target": "all"},
+        2,
+        "additional_target: mlp.gate",
+        {"additional_target": "mlp.gate"},
+    ),
+    "freeze, one layer": (
+        {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+        1,
+        "more layers in freeze_trainable_layers, or `densemixer: {layers: ...}` to those that you train",
+        {"densemixer": {"layers": [-1]}},
+    ),
+    "freeze, attention": (
+        {"finetuning_type": "freeze", "freeze_trainable_modules": "self_attn"},
+        2,
+        "freeze_trainable_modules: self_attn,mlp",
+        {"freeze_trainable_modules": "self_attn,mlp"},
+    ),
+}
 
 
-def router_gradient(model: torch.nn.Module) -> torch.Tensor:
+@pytest.mark.parametrize(
+    ("case", "switched_on_by"),
+    [*((case, "the key") for case in FROZEN), *((case, "the environment") for case in ("lora", "freeze, attention"))],
+)
+def test_frozen_routers_are_one_warning_with_the_fix(
+    arguments: dict[str, Any],
+    messages: list[str],
+    case: str,
+    switched_on_by: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever switches it on, in the words of LLaMA-Factory, and not once more in training; the fix mends it."""
+    settings, frozen, fix, fixed = FROZEN[case]
+    if switched_on_by == "the environment":
+        enable(monkeypatch)
+        del arguments["use_densemixer"]
+    router_gradient(load({**arguments, **settings}))
+    (warning,) = [text for text in messages if "frozen (" in text]
+    assert f"nothing to train in {frozen} of 2 layers" in warning
+    assert warning.endswith(f" In the YAML, set {fix}.")
+    if switched_on_by == "the key":
+        assert sum(f", of which {2 - frozen} have a router that isn't frozen: " in text for text in messages) == 1
+    messages.clear()
+    assert router_gradient(load({**arguments, **settings, **fixed})) is not None or "densemixer" in fixed
+    assert not any("frozen" in text for text in messages)
+
+
+@pytest.mark.usefixtures("llamafactory")
+@pytest.mark.parametrize(
+    ("peft", "fix"),
+    [
+        ({"name": "lora", "target_modules": ["q_proj"]}, "modules_to_save: [mlp.gate] in peft_config"),
+        (
+            {"name": "freeze", "freeze_trainable_modules": "self_attn"},
+            "freeze_trainable_modules: self_attn,mlp in peft_config",
+        ),
+    ],
+)
+def test_frozen_routers_in_the_v1_engine(
+    llamafactory: LlamaFactory, messages: list[str], peft: dict[str, Any], fix: str
+) -> None:
+    from llamafactory.v1.config.model_args import ModelArguments
+    from llamafactory.v1.core.model_engine import ModelEngine
+
+    ModelEngine(ModelArguments(model=str(llamafactory.model), use_densemixer=True, peft_config=peft), is_train=True)
+    (warning,) = [text for text in messages if "frozen (" in text]
+    assert warning.endswith(f" In the YAML, set {fix}.")
+
+
+def router_gradient(model: torch.nn.Module) -> torch.Tensor | None:
     tokens = torch.arange(3, 67).view(2, 32)
-    model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
-    return model.get_parameter("model.layers.0.mlp.gate.weight").grad
+    model.train()(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=tokens).loss.backward()
+    gates = [weight for name, weight in model.named_parameters() if "layers.0.mlp.gate" in name]
+    return gates[-1].grad  # PEFT's copy comes last
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -26,7 +26,7 @@ def test_pip(llamafactory: LlamaFactory, tmp_path: Path, kind: str, torchrun: st
     command = train_command(llamafactory, tmp_path / "out")
     done = environment.run(*command, FORCE_TORCHRUN=torchrun, NPROC_PER_NODE="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "DenseMixer trains the routers of 2 layers" in done.stdout
+    assert "DenseMixer is attached to 2 layers" in done.stdout
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -45,7 +45,7 @@ def test_densemixer_run_where_pth_files_do_not_run(llamafactory: LlamaFactory, t
     fallback = [environment.python, "-m", "densemixer_adapters.cli", "run", "--"]
     done = environment.run(*fallback, *command, **settings, FORCE_TORCHRUN="1", NPROC_PER_NODE="1")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "DenseMixer trains the routers of 2 layers" in done.stdout
+    assert "DenseMixer is attached to 2 layers" in done.stdout
 
 
 def test_uv_run(llamafactory: LlamaFactory, tmp_path: Path) -> None:
@@ -77,4 +77,4 @@ densemixer-adapters = {{ path = "{wheel.name}" }}
     environment.borrow(*COMMANDS)
     done = run([*start, *train_command(llamafactory, tmp_path / "out")], OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr[-4000:]
-    assert "DenseMixer trains the routers of 2 layers" in done.stdout
+    assert "DenseMixer is attached to 2 layers" in done.stdout

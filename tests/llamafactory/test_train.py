@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from installs import is_installed
 from llamafactory_runs import EXAMPLES, SGD, LlamaFactory, Run
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -137,6 +138,30 @@ def test_router_metrics(llamafactory: LlamaFactory) -> None:
         assert 0 < entry["densemixer/layer_1/router_grad_share_unselected"] < 1
     assert logged[-1]["densemixer/logit_drift"] > 0
     assert "densemixer/" not in (plain.output / "trainer_state.json").read_text()
+
+
+BADAM = (*SGD, "optim=adamw_torch", "learning_rate=0.01", "use_badam=true", "badam_switch_interval=1")
+
+
+@pytest.mark.skipif(not is_installed("badam"), reason="needs badam 1.4; run `nox -s llamafactory`")
+@pytest.mark.parametrize(
+    ("mode", "measured"),
+    [
+        ("ratio", {"router_grad_norm", "routing_change", "updates_lost"}),
+        ("layer", {"router_grad_norm", "routing_change"}),
+    ],
+)
+def test_badam(llamafactory: LlamaFactory, mode: str, measured: set[str]) -> None:
+    """Its gradients are sparse, or its layers take turns: then it's no mistake that the others' routers are frozen."""
+    settings = *BADAM, f"badam_mode={mode}"
+    run = llamafactory.train("full_sft.yaml", *settings, "densemixer.metrics=true")
+    plain = llamafactory.train("full_sft.yaml", *settings)
+    assert run.losses == plain.losses
+    assert all(torch.equal(weight, plain.weights[name]) for name, weight in run.weights.items())
+    assert "frozen" not in run.log
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    for entry in state["log_history"][: len(run.losses)]:
+        assert {f"densemixer/{name}" for name in measured} <= entry.keys()
 
 
 def test_the_v1_engine(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """What lets Megatron Core run where there is no GPU. Test support, no part of the package.
 
 Megatron asks for CUDA devices, streams and random states also where all of its tensors are on the CPU. Each line says
-what needs it; what computes is Megatron's own, but for three stand-ins at the end, in plain torch, for kernels that
+what needs it; what computes is Megatron's own, but for four stand-ins at the end, in plain torch, for kernels that
 exist for GPUs alone. Import this before anything of Megatron.
 """
 
@@ -33,9 +33,10 @@ class Stream:
 torch.cuda.current_device = lambda: torch.device("cpu")  # where routers, buffers and DDP's gradients are put
 torch.cuda.Stream = Stream  # type: ignore[assignment,misc]  # of shared experts and of the alltoall dispatcher
 torch.cuda.current_stream = torch.cuda.default_stream = lambda *args: Stream()  # what these wait for
+torch.cuda.synchronize = lambda *args: None  # after each exchange between stages of a pipeline
 torch.cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment,return-value]
 
-from megatron.core.tensor_parallel import random  # noqa: E402
+from megatron.core.tensor_parallel import mappings, random  # noqa: E402
 from megatron.core.transformer.moe import experts, moe_layer, moe_utils, token_dispatcher  # noqa: E402
 
 # Recomputation saves and restores the state of the GPU's generator. There is no dropout in the tests.
@@ -81,12 +82,16 @@ dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
 
 
 class CudaIsCpu(TorchFunctionMode):
-    """For the optimizer, which makes small tensors with ``device="cuda"``."""
+    """For schedules and optimizers: they make small tensors on the GPU, and optimizers ask for the type of others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if kwargs.get("device") == "cuda":
             kwargs = {**kwargs, "device": "cpu"}
+        if func is Tensor.cuda:
+            return args[0]
+        if func is Tensor.type and len(args) == 1:
+            return func(*args).replace("torch.", "torch.cuda.")
         return func(*args, **kwargs)
 
 
@@ -134,3 +139,28 @@ class Linear(nn.Module):
 
 
 moe_layer.HAVE_TE, moe_layer.TELinear = True, Linear
+
+
+def fused_dispatch(
+    x: Tensor, index: Tensor, probs: Tensor, count: int, group: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """DeepEP's: each token once to each rank that holds some of its experts. Unlike it, it gathers all tokens first."""
+    ranks, held = dist.get_world_size(group), count // dist.get_world_size(group)
+    all_index = index.new_empty(ranks * len(index), index.shape[1])
+    dist.all_gather_into_tensor(all_index, index, group=group)
+    all_x, all_probs = (mappings.gather_from_sequence_parallel_region(rows, group=group) for rows in (x, probs))
+    here = all_index - held * dist.get_rank(group)
+    mine = (here >= 0) & (here < held)
+    received = mine.any(-1)
+    counts = here[mine].bincount(minlength=held)
+    return all_x[received], here.where(mine, -1)[received], (all_probs * mine)[received], counts, received
+
+
+def fused_combine(x: Tensor, group: Any, received: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    """DeepEP's, of what `fused_dispatch` gave away: the sum over ranks for each token."""
+    whole = x.new_zeros(len(received), x.shape[1]).index_put((received.nonzero().squeeze(-1),), x)
+    return mappings.reduce_scatter_to_sequence_parallel_region(whole, group=group), None
+
+
+token_dispatcher.fused_dispatch, token_dispatcher.fused_combine = fused_dispatch, fused_combine
+token_dispatcher.set_deepep_num_sms = lambda count: None

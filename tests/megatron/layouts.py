@@ -1,4 +1,4 @@
-"""Runs each of `LAYOUTS` in two or four processes. Usage: layouts.py REPORT.
+"""Runs each of `LAYOUTS` and `TRAININGS` in two or four processes. Usage: layouts.py REPORT.
 
 Each rank has tokens of its own, and its gradients must be the oracle's, which has all experts in one process. The
 report is JSON: for each layout, dispatcher and case what was found on each rank, or the error that stopped it.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import sys
 import traceback
@@ -18,21 +19,34 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, check, drawing, gathering, refusal
+from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, refusal
 from torch import multiprocessing
-
-CENTRE = "EP2"
-"""The layout in which models train."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the parallel groups; the rest is data parallel. Sequence parallelism goes with tensor parallelism."""
+    """Sizes of the parallel groups; the rest is data parallel. Sequence parallelism goes with tensor parallelism.
+
+    ``chunks`` is how many parts of the model each stage of an interleaved pipeline has.
+    """
 
     processes: int
     expert: int = 1
     tensor: int = 1
     expert_tensor: int = 1
+    pipeline: int = 1
+    chunks: int | None = None
+    context: int = 1
+
+    def initialize(self) -> None:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=self.chunks,
+            context_parallel_size=self.context,
+            expert_model_parallel_size=self.expert,
+            expert_tensor_parallel_size=self.expert_tensor,
+        )
 
 
 LAYOUTS = {
@@ -48,18 +62,72 @@ LAYOUTS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How a model trains on some ranks.
+
+    Args:
+        layout: The ranks.
+        model: For `training.build_stage`.
+        distributed: For `training.train`.
+        since: The version of Megatron Core that has it.
+        untaught: The layers in which experts that are never selected teach the router nothing.
+    """
+
+    layout: Layout
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    distributed: dict[str, Any] = dataclasses.field(default_factory=dict)
+    since: str = "0.13"
+    untaught: tuple[str, ...] = ()
+
+
+FOUR = {"num_layers": 4}
+SHARED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+HYBRID_EXPERTS = "0.16"
+"""The version of Megatron Core from which hybrid models may have experts."""
+HYBRID = {"pattern": "*E*EE*"}
+TRAININGS = {
+    "EP2, without DenseMixer": Training(Layout(2, expert=2), {"moe_densemixer": False}, untaught=("1", "2")),
+    "EP2": Training(Layout(2, expert=2)),
+    "EP2, distributed optimizer": Training(Layout(2, expert=2), distributed=SHARED),
+    "EP2, multi-token prediction": Training(Layout(2, expert=2), {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.1}),
+    "PP2": Training(Layout(2, pipeline=2)),
+    "PP2, interleaved": Training(Layout(2, pipeline=2, chunks=2), FOUR),
+    "PP2, hybrid": Training(Layout(2, pipeline=2), HYBRID, since=HYBRID_EXPERTS),
+    "PP2, hybrid, some layers": Training(
+        Layout(2, pipeline=2), {**HYBRID, "moe_densemixer": {"layers": [0, -1]}}, since=HYBRID_EXPERTS, untaught=("4",)
+    ),
+    "PP2, some layers": Training(
+        Layout(2, pipeline=2),
+        {**FOUR, "moe_layer_freq": [0, 1, 1, 1], "moe_densemixer": {"layers": "::2"}},
+        untaught=("3",),
+    ),
+    "CP2": Training(Layout(2, context=2), {"own_values": True}),
+    "PP2 EP2": Training(Layout(4, pipeline=2, expert=2)),
+    "PP2 EP2, interleaved, distributed optimizer": Training(
+        Layout(4, pipeline=2, chunks=2, expert=2), FOUR, {"use_distributed_optimizer": True}
+    ),
+    "PP2 CP2 EP2": Training(Layout(4, pipeline=2, context=2, expert=2), {"own_values": True}),
+}
+"""Ways to train a model."""
+
+
 def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
+    cases = LAYOUT_CASES | (SPREAD_CASES if layout.expert * layout.expert_tensor > 1 else {})
     found: dict[str, Callable[[], Any]] = {
         f"{dispatcher}, {name}": lambda case=case, dispatcher=dispatcher: dataclasses.asdict(check(case, dispatcher))
-        for name, case in LAYOUT_CASES.items()
+        for name, case in cases.items()
         for dispatcher in case.dispatchers
+        if case.exists
     }
     found["gathered in parts"] = gathering
     found["budget"] = drawing if layout.expert_tensor == 1 else refusal
-    if layout == LAYOUTS[CENTRE]:
-        for flag in (False, True):
-            found[f"training, {flag}"] = lambda flag=flag: training.train(training.build(moe_densemixer=flag))
     return found
+
+
+def train(way: Training) -> dict[str, Any]:
+    """On this rank."""
+    return training.train(training.build_stage(**{"moe_densemixer": True, **way.model}), steps=3, **way.distributed)
 
 
 def run(rank: int, processes: int, store: str, report: Path) -> None:
@@ -70,16 +138,16 @@ def run(rank: int, processes: int, store: str, report: Path) -> None:
         world_size=processes,
         timeout=datetime.timedelta(seconds=60),
     )
+    wanted = {name: (layout, cells(layout)) for name, layout in LAYOUTS.items()}
+    for name, way in TRAININGS.items():
+        if has(way.since):
+            wanted[f"training, {name}"] = way.layout, {"": functools.partial(train, way)}
     results: dict[str, list[Any]] = {}
-    for name, layout in LAYOUTS.items():
+    for name, (layout, checks) in wanted.items():
         if layout.processes != processes:
             continue
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=layout.tensor,
-            expert_model_parallel_size=layout.expert,
-            expert_tensor_parallel_size=layout.expert_tensor,
-        )
-        for cell, check_it in cells(layout).items():
+        layout.initialize()
+        for cell, check_it in checks.items():
             result: Any
             try:
                 result = check_it()

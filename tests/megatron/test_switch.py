@@ -14,17 +14,22 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
 import torch
+import training
+from layouts import HYBRID_EXPERTS
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron_setting import EXPERTS, Case, batch, build, config, run
+from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, run
 from torch import nn
 
 from densemixer_adapters.doctor import examine
 from densemixer_adapters.megatron import MegatronHandle, attached, enable, patch_transformer_config, read_flag
 from densemixer_adapters.megatron_layer import MegatronLayer
+from densemixer_adapters.megatron_positions import Selection, moe_layer_numbers
 from densemixer_adapters.transformers import UnsupportedModelError
 from densemixer_core import DenseMixerConfig, RoutingMismatchError
 
+hybrid = pytest.mark.skipif(not has(HYBRID_EXPERTS), reason=f"hybrid models have experts since {HYBRID_EXPERTS}")
+BIASED = CASES["TEGroupedMLP, biases"]
 SMALL = {"num_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "add_bias_linear": False}
 CENTERED = {"estimator": "centered", "layers": [0, -1]}
 
@@ -210,12 +215,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("reason", REFUSED)
-def test_what_is_refused_when_the_layer_is_built(reason: str) -> None:
+def test_what_is_refused_when_the_configuration_is_made(reason: str) -> None:
     case = Case(REFUSED[reason])
     with pytest.raises(
-        UnsupportedModelError, match=f"moe_densemixer: .*layer.*{reason}.*Either .* switch DenseMixer off"
+        UnsupportedModelError, match=f"moe_densemixer: .*this model: .*{reason}.*Either .*, or switch DenseMixer off"
     ):
-        build(case, moe_densemixer=True)
+        config(case, moe_densemixer=True)
     layer = build(case)  # without the flag Megatron builds it
     with pytest.raises(UnsupportedModelError, match=reason):
         enable(layer)
@@ -238,13 +243,37 @@ def test_metrics_are_refused() -> None:
         ("cuda_graph_impl", "local"),
         ("moe_mlp_glu_interleave_size", 32),
         ("moe_expert_rank_capacity_factor", 1.5),
+        ("moe_single_grouped_weight", True),
+        ("moe_single_grouped_bias", True),
+        ("moe_ncclep_zero_copy", True),
+        ("quant_recipe", object()),
+        ("use_kitchen", True),
     ],
 )
 def test_options_that_need_a_gpu_are_refused(option: str, value: Any) -> None:
     """Megatron can't build such a layer here, so the option is set once it is built."""
     layer = build(Case())
     setattr(layer.config, option, value)
-    with pytest.raises(UnsupportedModelError, match=rf"can't train it: {option} .*Either .*, or switch DenseMixer off"):
+    with pytest.raises(
+        UnsupportedModelError, match=rf"can't train this model: {option} .*Either .*, or switch DenseMixer off"
+    ):
+        enable(layer)
+
+
+def test_weights_that_are_split_further_are_refused() -> None:
+    layer = build(Case())
+    layer.config.expert_gtp_weight_remat_size = 2
+    with pytest.raises(UnsupportedModelError, match=r"expert_tensor_parallel_num_weight_shards leaves a part .* unset"):
+        enable(layer)
+
+
+@pytest.mark.skipif(not BIASED.exists, reason=f"since Megatron Core {BIASED.since}")
+def test_biases_that_are_somewhere_else_are_refused() -> None:
+    """As Transformer Engine has them with moe_single_grouped_bias: all in one parameter, and None for each expert."""
+    layer = build(BIASED)
+    for position in range(EXPERTS):
+        setattr(layer.experts.linear_fc2, f"bias{position}", None)
+    with pytest.raises(UnsupportedModelError, match="TEGroupedMLP: no biases, although add_bias_linear is on"):
         enable(layer)
 
 
@@ -255,12 +284,45 @@ def test_biases_under_expert_tensor_parallelism_are_refused() -> None:
         enable(layer)
 
 
+def wrap_an_expert(layer: Any) -> None:
+    """As an adapter does."""
+    expert = layer.experts.local_experts[1]
+    expert.linear_fc1 = nn.Sequential(expert.linear_fc1)
+
+
+UNREADABLE = r"Mixture-of-Experts layer{}: DenseMixer can't read the weights of its experts \(SequentialMLP"
+
+
 def test_experts_that_cannot_be_read_are_refused() -> None:
     layer = build(Case())
-    expert = layer.experts.local_experts[1]
-    expert.linear_fc1 = nn.Sequential(expert.linear_fc1)  # as an adapter wraps it
-    with pytest.raises(UnsupportedModelError, match=r"can't read the weights of its experts \(SequentialMLP"):
+    wrap_an_expert(layer)
+    with pytest.raises(UnsupportedModelError, match=UNREADABLE.format(" 1")):
         enable(layer)
+
+
+def test_the_flag_refuses_them_when_the_layer_has_its_number() -> None:
+    """Its number in the whole model, which Megatron gives it once it is built."""
+    layer = build(Case(), moe_densemixer=True)
+    wrap_an_expert(layer)
+    with pytest.raises(UnsupportedModelError, match="moe_densemixer: " + UNREADABLE.format(" 7")):
+        layer.set_layer_number(7)
+
+
+def test_the_flag_refuses_them_in_a_layer_that_never_gets_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MoELayer, "set_layer_number", lambda self, number: None)
+    layer = build(Case(), moe_densemixer=True)
+    wrap_an_expert(layer)
+    with pytest.raises(UnsupportedModelError, match=UNREADABLE.format("")):
+        run(layer, *batch(Case()))
+
+
+def test_layers_are_named_by_their_numbers_in_the_whole_model() -> None:
+    stage = nn.ModuleDict({"mlp": build(Case())})
+    stage["mlp"].set_layer_number(7)
+    with enable(stage) as handle:
+        assert [layer.name for layer in handle.layers] == ["Mixture-of-Experts layer 7 (mlp on this rank)"]
+        with pytest.raises(RuntimeError, match=r"layer 7 .*attached already"):
+            enable(stage)
 
 
 def test_a_router_of_another_kind_is_refused() -> None:
@@ -284,9 +346,67 @@ def test_a_pipeline_stage_without_experts_is_none() -> None:
     assert handle.layers == []
 
 
-def test_layers_of_a_model_whose_layers_are_unknown() -> None:
-    with pytest.raises(ValueError, match="multi-token prediction"):
-        config(Case(), mtp_num_layers=1, moe_densemixer={"layers": [0]})
+def test_a_pipeline_stage_without_experts_raises_what_the_others_raise() -> None:
+    stage = nn.Linear(2, 2)
+    stage.config = config(Case(), num_layers=4, moe_layer_freq=[0, 0, 1, 1])
+    with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
+        enable([stage], DenseMixerConfig(layers=[2]))
+    stage.config.fp8 = "e4m3"
+    with pytest.raises(UnsupportedModelError, match="this model: fp8"):
+        enable([stage])
+
+
+@pytest.mark.parametrize(
+    ("options", "pattern"), [({"mtp_num_layers": 1}, None), ({}, "*E/*E"), ({"mtp_num_layers": 1}, "*E/*E")]
+)
+def test_layers_of_a_model_with_multi_token_prediction(options: dict[str, Any], pattern: str | None) -> None:
+    settings = config(Case(), num_layers=2, **options)
+    with pytest.raises(ValueError, match=r"multi-token prediction are not known\. Leave `layers` out"):
+        Selection(settings, DenseMixerConfig(layers=[0]), pattern)
+    Selection(settings, DenseMixerConfig(), pattern)
+
+
+def test_the_pattern_of_a_hybrid_model_says_which_layers_have_experts() -> None:
+    settings = config(Case(), num_layers=6)
+    assert moe_layer_numbers(settings, "ME*|EM-") == [2, 4]
+    assert moe_layer_numbers(settings, "") == []
+    assert moe_layer_numbers(settings) == [1, 2, 3, 4, 5, 6]
+
+
+@hybrid
+@pytest.mark.parametrize("layers", [[2], [-3], "3:"])
+def test_positions_that_a_hybrid_model_does_not_have(layers: Any) -> None:
+    """It has two such layers among its five, and knows it before any is built."""
+    with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
+        training.build(pattern="*E*E*", moe_densemixer={"layers": layers})
+    with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
+        enable(training.build(pattern="*E*E*"), DenseMixerConfig(layers=layers))
+
+
+@hybrid
+@pytest.mark.parametrize("by_flag", [True, False])
+def test_layers_in_a_hybrid_model(by_flag: bool) -> None:
+    options = DenseMixerConfig(layers=[-1])
+    model = training.build(pattern="*E*E*", is_hybrid_model=True, moe_densemixer={"layers": [-1]} if by_flag else False)
+    handle = attached(model) if by_flag else enable(model, options)
+    assert [layer.block.layer_number for layer in handle.layers if layer.is_selected()] == [4]
+
+
+@hybrid
+def test_layers_in_a_part_of_a_hybrid_model() -> None:
+    """Its pattern isn't known there, and moe_layer_freq, which is 1, would mean others."""
+    part = training.build(pattern="*E*E*").decoder.layers
+    with pytest.raises(ValueError, match=r"experts in layers \[1, 2, 3, 4, 5\], but of this rank's, layers \[2, 4\]"):
+        enable(part, DenseMixerConfig(layers=[0]))
+    assert len(enable(part).layers) == 2
+    with pytest.raises(ValueError, match="call `enable` on the whole model"):
+        Selection(config(Case(), is_hybrid_model=True), DenseMixerConfig(layers=[0]))
+
+
+def test_a_layer_with_experts_that_the_configuration_does_not_know_of() -> None:
+    layer = build(Case(), num_layers=2, moe_layer_freq=[0, 1], moe_densemixer={"layers": [0]})  # its number is 1
+    with pytest.raises(ValueError, match=r"experts in layers \[2\], but layer 1 has experts.*Set moe_layer_freq"):
+        run(layer, *batch(Case()))
 
 
 def test_positions_count_all_pipeline_stages() -> None:
@@ -305,6 +425,8 @@ def test_megatron_layers_are_found_in_all_chunks() -> None:
 
 
 def test_the_doctor_looks_for_the_modules_that_are_hooked() -> None:
-    found = {check.name: check for check in examine()}
-    for module in ("moe.moe_layer", "transformer_config"):
-        assert found[f"hook megatron.core.transformer.{module}"].state == "ok"
+    """Those that this version of Megatron Core has; a missing one that all versions have would be a problem."""
+    found = {check.name: check.state for check in examine() if check.name.startswith("hook megatron.")}
+    modules = ("transformer.moe.moe_layer", "transformer.transformer_config", "models.mamba.mamba_model")
+    assert {f"hook megatron.core.{module}" for module in modules} <= set(found)
+    assert set(found.values()) == {"ok"}

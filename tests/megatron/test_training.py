@@ -42,12 +42,17 @@ def off() -> dict[str, Any]:
     return train(build())
 
 
+def norms(run: dict[str, Any]) -> torch.Tensor:
+    """Of the routers' gradients, [layers, experts]."""
+    return torch.tensor(list(run["gradients"].values())).norm(dim=-1)
+
+
 def test_the_loss_falls(on: dict[str, Any]) -> None:
     assert on["losses"][-1] < 0.7 * on["losses"][0]
 
 
 def test_experts_that_are_never_selected_teach_the_router(on: dict[str, Any], off: dict[str, Any]) -> None:
-    with_flag, without = (torch.tensor(run["gradients"]).norm(dim=-1) for run in (on, off))
+    with_flag, without = (norms(run) for run in (on, off))
     assert (without[:, DEAD:] == 0).all()
     assert (with_flag[:, DEAD:] > 1e-3).all()
     assert on["losses"][0] == off["losses"][0]
@@ -70,7 +75,9 @@ def test_recomputation_changes_nothing(on: dict[str, Any], recompute: dict[str, 
 def test_enable_does_what_the_flag_does(on: dict[str, Any]) -> None:
     model = build()
     handle = enable([model])
-    assert [layer.name for layer in handle.layers] == ["decoder.layers.0.mlp", "decoder.layers.1.mlp"]
+    assert [layer.name for layer in handle.layers] == [
+        f"Mixture-of-Experts layer {number} (decoder.layers.{number - 1}.mlp on this rank)" for number in (1, 2)
+    ]
     assert train(model) == on
 
 
@@ -88,7 +95,7 @@ def test_some_layers_only(by_flag: bool) -> None:
     model = build(moe_densemixer={"layers": "-1:"} if by_flag else False)
     if not by_flag:
         assert len(enable(model, DenseMixerConfig(layers="-1:")).layers) == 1
-    first, last = torch.tensor(train(model, steps=1)["gradients"]).norm(dim=-1)
+    first, last = norms(train(model, steps=1))
     assert (first[DEAD:] == 0).all()
     assert (last[DEAD:] > 1e-3).all()
 

@@ -38,6 +38,11 @@ def test_a_file(checkout: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "__main__ --local_rank=0 --seed 1 1\n"), done.stderr
 
 
+def test_an_empty_switch_is_none(checkout: Path) -> None:
+    done = launch("finetune", DENSEMIXER_ENABLED="")
+    assert (done.returncode, done.stdout) == (0, "__main__ 1\n"), done.stderr
+
+
 def test_a_module_and_a_run_without(checkout: Path) -> None:
     (checkout / "beside.py").touch()  # the current folder is where a module's imports are looked for
     done = launch("finetune", "--seed", "1", DENSEMIXER_ENABLED="0")

@@ -26,9 +26,9 @@ BLOCKS: dict[str, tuple[Any, Any]] = {
 
 @pytest.fixture(scope="module")
 def original() -> dict[str, Any]:
-    path = os.environ.get("DENSEMIXER_ORIGINAL")
+    path = os.environ.get("ORIGINAL_DENSEMIXER")
     if path is None:
-        pytest.skip("DENSEMIXER_ORIGINAL names no file; `make test` runs the original and sets it, see ci/noxfile.py")
+        pytest.skip("ORIGINAL_DENSEMIXER names no file; `make test` runs the original and sets it, see ci/noxfile.py")
     return torch.load(path)
 
 

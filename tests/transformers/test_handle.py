@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from families import FAMILIES
 from runs import gradients
 from torch import nn
 
+from densemixer_adapters.inspection import estimate
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
@@ -95,13 +97,38 @@ def test_an_attached_model_can_be_pickled() -> None:
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def test_attaching_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("options", "text", "factor"),
+    [
+        ({}, "estimator densemixer", 1),
+        ({"estimator": "centered", "layers": "-1:"}, "estimator centered, layers -1:", 1 / 2),
+        ({"budget": 0.25, "seed": 3}, "estimator densemixer, budget 0.25, seed 3", 0.25 * 6 / 8),
+        ({"estimator": "conventional"}, "estimator conventional", 0),
+    ],
+)
+def test_attaching_is_logged_once(
+    options: dict[str, Any], text: str, factor: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With what `densemixer cost` says it costs."""
     caplog.set_level(logging.INFO, "densemixer")
-    model = FAMILIES["qwen3_moe"].build()
-    with apply_densemixer(model, DenseMixerConfig("centered")):
+    model: Any = FAMILIES["qwen3_moe"].build()
+    with apply_densemixer(model, DenseMixerConfig(**options)) as handle:
         gradients(model)
-    flop = 2 * 2 * sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
-    assert [record.getMessage() for record in caplog.records] == [
-        "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, "
-        f"{flop / 1e9:.3g} GFLOP more a token in the backward"
+    cost = factor * 2 * 2 * sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
+    assert estimate(model, 128, DenseMixerConfig(**options)).extra == pytest.approx(cost)
+    assert caplog.messages == [
+        f"DenseMixer is attached to {len(handle.layers)} layers of Qwen3MoeForCausalLM (qwen3_moe): {text}, "
+        f"{cost / 1e9:.4g} GFLOP more a token in the backward"
     ]
+
+
+def test_the_line_says_how_many_routers_are_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "densemixer")
+    model: Any = FAMILIES["qwen3_moe"].build()
+    model.model.layers[0].mlp.gate.requires_grad_(False)
+    apply_densemixer(model)
+    cost = 2 * sum(p.numel() for p in model.model.layers[1].mlp.experts.parameters())
+    assert caplog.messages[0] == (
+        "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (qwen3_moe), of which 1 have a router that isn't "
+        f"frozen: estimator densemixer, {cost / 1e9:.4g} GFLOP more a token in the backward"
+    )

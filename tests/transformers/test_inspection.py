@@ -6,15 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import architectures
+import oracle
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, tokens
+from runs import loss_of
+from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from densemixer_adapters.cli import app
-from densemixer_adapters.inspection import build_empty, estimate
-from densemixer_adapters.transformers import apply_densemixer
+from densemixer_adapters.inspection import build_empty, estimate, inspect_model
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig
 
 # Qwen3-30B-A3B's.
@@ -98,7 +102,119 @@ def test_a_model_that_is_not_supported(tmp_path: Path) -> None:
 def test_nothing_to_read(command: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [command, str(tmp_path)])
     assert done.exit_code == 2
-    assert f"can't read the configuration of {tmp_path}" in done.stderr
+    assert f"can't use the configuration of {tmp_path}" in done.stderr
+
+
+SMALL = {
+    **LARGE,
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+RED = "\x1b[31mred"
+BAD: dict[str, tuple[Any, str]] = {
+    "a number": (42, "config.json is no JSON object"),
+    "a string": ("text", "config.json is no JSON object"),
+    "null": (None, "config.json is no JSON object"),
+    "a list": ([1], "config.json is no JSON object"),
+    "no model type": ({"hidden_size": 1}, "Should have a `model_type` key"),
+    "an unknown model type": ({"model_type": RED}, "model type `?[31mred`"),
+    "a string for a number": ({"num_attention_heads": "four"}, "expected int, got str"),
+    "null for a number": ({"vocab_size": None}, "expected int, got NoneType"),
+    "not a number": ({"hidden_size": float("nan")}, "expected int, got float"),
+    "no attention heads": ({"num_attention_heads": 0}, "ZeroDivisionError"),
+    "a negative size": ({"hidden_size": -3}, "negative dimension"),
+    "beyond 64 bits": ({"hidden_size": 10**30}, "Overflow"),
+    "beyond floats": ({"head_dim": 10**400}, "Overflow"),
+    "an unknown activation": ({"hidden_act": RED}, "KeyError"),
+    "a dtype that is none": ({"dtype": RED}, "no attribute '?[31mred'"),
+    "more experts than there are": (
+        {"num_experts_per_tok": 9},
+        "model.layers.0.mlp: a token goes through 9 of 8 experts",
+    ),
+    "no experts": ({"num_experts_per_tok": 0}, "a token goes through 0 of 8 experts"),
+}
+
+
+def write_config(folder: Path, changes: Any) -> Path:
+    config = transformers.Qwen3MoeConfig(**SMALL).to_dict()
+    unlike = not isinstance(changes, dict) or "model_type" in changes or changes == {"hidden_size": 1}
+    (folder / "config.json").write_text(json.dumps(changes if unlike else {**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("command", ["inspect", "cost"])
+def test_a_bad_configuration_is_one_line(command: str, case: str, tmp_path: Path) -> None:
+    changes, message = BAD[case]
+    done = CliRunner().invoke(app, [command, str(write_config(tmp_path, changes))])
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("densemixer"))
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert line.startswith(f"densemixer: can't use the configuration of {tmp_path}: ")
+    assert message in line
+    assert len(line) < 1000
+    assert "\x1b" not in done.output
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+def test_a_configuration_that_is_no_json(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "can't use the configuration of" in done.stderr
+
+
+CODE = """
+from pathlib import Path
+from transformers import PreTrainedConfig, Qwen3MoeForCausalLM
+Path(__file__ + ".ran").touch()
+class Config(PreTrainedConfig):
+    model_type = "its own"
+class Model(Qwen3MoeForCausalLM):
+    config_class = Config
+"""
+
+
+@pytest.mark.parametrize("command", ["inspect", "cost"])
+@pytest.mark.parametrize(("model_type", "status"), [("its own", 2), ("qwen3_moe", 0)])
+def test_code_that_comes_with_a_checkpoint_never_runs(
+    command: str, model_type: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever standard input says. A model that transformers knows is read by its own class."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "cache"))
+    auto_map = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    config = transformers.Qwen3MoeConfig(**SMALL).to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": model_type, "auto_map": auto_map}))
+    (tmp_path / "code.py").write_text(CODE)
+    done = CliRunner().invoke(app, [command, str(tmp_path)], input="y\n" * 9)
+    assert done.exit_code == status
+    assert not list(tmp_path.rglob("*.ran"))
+    assert "[y/N]" not in done.output
+    if status:
+        assert "'its own', and code that comes with a checkpoint isn't run here" in done.stderr
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "experts_implementation"])
+def test_kernels_that_a_configuration_names_are_not_loaded(field: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["inspect", str(write_config(tmp_path, {field: "somebody/kernel"}))])
+    assert done.exit_code == 0, done.stderr
+
+
+def test_every_supported_architecture_has_a_cost() -> None:
+    found = []
+    for folder in architectures.found():
+        model: Any = architectures.build(folder)
+        try:
+            cost = estimate(model, 64)
+        except UnsupportedModelError:
+            continue
+        report = inspect_model(model)
+        assert 0 < report.selected <= report.experts, folder
+        assert cost.extra > 0, folder
+        found.append(folder)
+    assert len(found) > 20
 
 
 @pytest.mark.parametrize(
@@ -147,6 +263,22 @@ def test_options_count(large: Path) -> None:
     assert centered.saved - whole.saved == 48 * (8 * 4 + 4)
     drawn = estimate(model, 4096, DenseMixerConfig("centered", budget=0.125))
     assert drawn.saved - whole.saved == 48 * (2048 * 4 + 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.5}, {"estimator": "centered", "budget": 0.25}, {"layers": [0]}])
+def test_the_extra_operations_are_those_that_run(options: dict[str, Any]) -> None:
+    """All matrix products of a step, counted by torch."""
+
+    def count(config: DenseMixerConfig) -> int:
+        with apply_densemixer(model, config), FlopCounterMode(display=False) as counter:
+            loss_of(model).backward()
+        return counter.get_total_flops()
+
+    with oracle.Float64():
+        model = FAMILIES["qwen3_moe"].build("eager").double()
+        config = DenseMixerConfig(**options)
+        extra = count(config) - count(DenseMixerConfig("conventional"))
+    assert extra / tokens().numel() == pytest.approx(estimate(model, 12, config).extra, rel=0.01)
 
 
 @pytest.mark.parametrize("command", ["inspect", "cost"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import tempfile
@@ -23,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from densemixer_adapters.callback import DenseMixerCallback, patch_trainer
 from densemixer_adapters.metrics import RouterMeter, named
 from densemixer_adapters.probe import Probe
+from densemixer_adapters.rounding import LostUpdates
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers
 from densemixer_core import DenseMixerConfig
 
@@ -259,9 +261,64 @@ def test_the_trainer_logs_them_and_trains_the_same() -> None:
     assert (plain_forwards.count, before.count) == (8, 8 + 1 + 2)
 
     assert Trainer.log is own_log
-    assert len(model._forward_pre_hooks) == 2  # the tests'
+    assert_nobody_watches(model, hooks=2)  # the tests'
+
+
+def assert_nobody_watches(model: nn.Module, hooks: int = 0) -> None:
+    assert len(model._forward_pre_hooks) == hooks
     layers = attached_layers(model)
     assert [layer.observer for layer in layers] == [None, None]
+
+
+class Stop(TrainerCallback):
+    """Ends training by an exception, in the second step."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error: BaseException | None = error
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1 and self.error is not None:
+            error, self.error = self.error, None
+            raise error
+
+
+@pytest.mark.usefixtures("patched")
+@pytest.mark.parametrize("error", [ValueError("theirs"), KeyboardInterrupt()])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_nothing_is_left_where_training_ends_by_an_exception(by_hand: bool, error: BaseException) -> None:
+    own_log = Trainer.log
+    model = build(metrics=not by_hand)
+    run = trainer(model, *([DenseMixerCallback()] if by_hand else []), Stop(error), logging_steps=1)
+    for _ in range(2):  # a notebook goes on with the same Trainer
+        callbacks = list(run.callback_handler.callbacks)
+        with pytest.raises(type(error)) if error is not None else contextlib.nullcontext():
+            run.train()
+        assert Trainer.log is own_log
+        assert_nobody_watches(model)
+        assert run.callback_handler.callbacks == callbacks
+        error = None
+    assert "densemixer/router_grad_norm" in run.state.log_history[-2]
+
+
+def test_metrics_that_can_not_be_measured_do_not_stop_training(caplog: pytest.LogCaptureFixture) -> None:
+    model = build()
+    steps = []
+
+    def refuse(module: nn.Module, args: Any) -> None:
+        """As if there was no room for one forward more, but for the one at the start."""
+        if not torch.is_grad_enabled() and steps:
+            raise torch.OutOfMemoryError("as if")
+        steps.append(torch.is_grad_enabled())
+
+    hook = model.register_forward_pre_hook(refuse)
+    run = trainer(model, DenseMixerCallback())
+    run.train()
+    hook.remove()
+    assert run.state.global_step == 4
+    (message,) = caplog.messages
+    assert "no router metrics from here on, since measuring them failed (OutOfMemoryError: as if)" in message
+    assert not any(metrics(entry) for entry in run.state.log_history)
+    assert_nobody_watches(model)
 
 
 def test_the_gradient_norm_is_that_of_the_last_step() -> None:
@@ -289,6 +346,35 @@ def test_updates_lost_to_rounding(dtype: torch.dtype, rate: float, lost: float) 
     assert run.state.log_history[0]["densemixer/updates_lost"] == pytest.approx(lost, abs=0.05)
 
 
+@pytest.mark.parametrize(("rate", "lost"), [(1e-6, 1.0), (10.0, 0.0)])
+def test_updates_lost_where_gradients_are_sparse(rate: float, lost: float) -> None:
+    """As BAdam makes them, in a hook of each parameter. The Trainer itself can't clip them."""
+
+    def to_sparse(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.grad = parameter.grad.to_sparse()
+
+    model = build(torch.bfloat16)
+    for block in model.model.layers:
+        block.mlp.gate.weight.register_post_accumulate_grad_hook(to_sparse)
+    updates = LostUpdates(attached_layers(model))
+    optimizer = torch.optim.SGD(model.parameters(), rate, foreach=False)
+    loss_of(model).backward()
+    updates.before_step(optimizer)
+    optimizer.step()
+    updates.after_step()
+    assert updates.measure()["updates_lost"] == pytest.approx([lost] * 3, abs=0.05)
+
+
+def test_updates_lost_where_the_optimizer_chooses_the_rate() -> None:
+    model = build()
+    run = trainer(model, DenseMixerCallback())
+    run.optimizer = transformers.Adafactor(model.parameters(), lr=None, relative_step=True, warmup_init=True)
+    run.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters()), lambda step: 1.0)
+    run.train()
+    assert run.state.log_history[0]["densemixer/updates_lost"] < 0.05
+
+
 def test_a_rate_of_zero_loses_nothing() -> None:
     run = trainer(build(), DenseMixerCallback(), logging_steps=1, lr_scheduler_type="linear", warmup_steps=2)
     run.train()
@@ -296,25 +382,42 @@ def test_a_rate_of_zero_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "rate", "message"),
+    ("options", "rate", "steps", "message"),
     [
-        ({}, 1e-9, "0.0 % of the routers' choices changed since the start: DenseMixer is doing nothing here"),
+        ({}, 1e-9, 100, "0.0 % of the routers' choices changed since the start: DenseMixer is doing nothing here"),
+        ({}, 1e-9, 4, ""),  # too early to say
         (
             {"estimator": "conventional"},
             0.5,
+            4,
             "0.0 % of the routers' gradient is from unselected experts: DenseMixer is",
         ),
-        ({}, 0.5, ""),
+        ({}, 0.5, 4, ""),
     ],
 )
 def test_a_warning_where_it_does_nothing(
-    options: dict[str, Any], rate: float, message: str, caplog: pytest.LogCaptureFixture
+    options: dict[str, Any], rate: float, steps: int, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "densemixer"):
         # Nothing is logged before the end.
-        trainer(build(**options), DenseMixerCallback(), learning_rate=rate, logging_steps=100).train()
+        settings = dict(max_steps=steps, logging_steps=1000, gradient_accumulation_steps=1)
+        trainer(build(**options), DenseMixerCallback(), learning_rate=rate, **settings).train()
     assert len(caplog.messages) == bool(message)
     assert message in "".join(caplog.messages)
+
+
+def test_a_warning_where_all_routers_are_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    """Their choices change all the same."""
+    model = build()
+    for layer in model.model.layers:
+        layer.mlp.gate.requires_grad_(False)
+    run = trainer(model, DenseMixerCallback(), learning_rate=5.0)
+    with caplog.at_level(logging.WARNING, "densemixer"):
+        run.train()
+    last = metrics(run.state.log_history[-2])
+    assert last[f"{PREFIX}routing_change"] > 0.01
+    assert last[f"{PREFIX}router_grad_norm"] == last[f"{PREFIX}layer_0/router_grad_norm"] == 0
+    assert "no gradient reaches the routers: DenseMixer is doing nothing here." in caplog.messages
 
 
 def test_a_model_without_densemixer_is_an_error() -> None:

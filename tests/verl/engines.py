@@ -7,11 +7,14 @@ conventional training; what is measured; or the error that it was refused with.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import logging
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,29 +144,46 @@ def worst(gradients: dict[str, Any], truth: dict[str, Any], only: str = "") -> f
     )
 
 
-def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+@contextlib.contextmanager
+def heard() -> Iterator[list[str]]:
+    """The warnings of the logger ``densemixer``."""
+    texts: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: texts.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("densemixer").addHandler(handler)
     try:
-        worker = build(assets, override, model, engine)
-    except Exception as error:
-        return {"error": f"{type(error).__name__}: {error}"}
-    if engine.get("forward_only"):
-        return {"layers": count_layers(worker.engine.module)}
-    output = worker.train_batch(make_batch())
+        yield texts
+    finally:
+        logging.getLogger("densemixer").removeHandler(handler)
+
+
+def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: dict[str, Any]) -> dict[str, Any]:
+    with heard() as warnings:
+        try:
+            worker = build(assets, override, model, engine)
+        except Exception as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+        if engine.get("forward_only"):
+            return {"layers": count_layers(worker.engine.module)}
+        output = worker.train_batch(make_batch())
     if dist.get_rank() > 0:
         return {}  # verl collects from the first rank of a group that shares its tokens
     options = override.get(
         "densemixer", override.get("model_config", {}).get("densemixer", {"estimator": "conventional"})
     )
-    estimator = "densemixer" if options is True else options.get("estimator", "densemixer")
     found = torch.load(Path(os.environ["RECORDS"]) / "actor.pt")
     router, gradients = "mlp.gate", found["gradients"]
     trained = any(router in name for name in gradients)
+    estimator = "densemixer" if options is True else options.get("estimator", "densemixer")
+    if not trained:
+        estimator = "conventional"
     metrics = {name: value for name, value in tu.get(output, "metrics").items() if name.startswith("densemixer/")}
     return {
         "layers": count_layers(worker.engine.module),
         "error against the oracle": worst(gradients, found[estimator]),
         "difference from conventional": worst(gradients, found["conventional"], router) if trained else 0.0,
         "metrics": metrics,
+        "warnings": warnings,
         "expected": expected_metrics(found, estimator),
     }
 
@@ -191,8 +211,15 @@ def main(assets: Path, report: Path) -> None:
             report.write_text(json.dumps(results))
     patch_modeling_utils(transformers.modeling_utils)  # as the boot hook does where the environment asks for it
     os.environ["DENSEMIXER_ENABLED"] = "1"
-    for name, override in {"environment": {}, "environment, off": {"densemixer": False}}.items():
-        results[name] = {"layers": count_layers(build(assets, override, {}, {}).engine.module)}
+    frozen = {**LORA, "target_modules": ["q_proj"]}
+    for name, override, model in (
+        ("environment", {}, {}),
+        ("environment, off", {"densemixer": False}, {}),
+        ("environment, LoRA without routers", {}, frozen),
+    ):
+        with heard() as warnings:
+            layers = count_layers(build(assets, override, model, {}).engine.module)
+        results[name] = {"layers": layers, "warnings": warnings}
     if dist.get_rank() == 0:
         report.write_text(json.dumps(results))
 

@@ -44,10 +44,23 @@ def test_equal_to_the_oracle(report: dict[str, Any], setting: str) -> None:
     assert report[setting]["layers"] == 2
 
 
-@pytest.mark.parametrize("setting", ["off", "LoRA off", "conventional"])
+@pytest.mark.parametrize("setting", ["off", "LoRA off", "LoRA without routers", "conventional"])
 def test_conventional_where_it_should_be(report: dict[str, Any], setting: str) -> None:
     assert report[setting]["error against the oracle"] < TOLERANCE
     assert report[setting]["difference from conventional"] < TOLERANCE
+
+
+@pytest.mark.parametrize("setting", ["plain", "LoRA on routers", "LoRA on all linear layers", "LoRA off"])
+def test_no_warning_where_routers_are_trained_or_nobody_asked(report: dict[str, Any], setting: str) -> None:
+    assert report[setting]["warnings"] == []
+
+
+@pytest.mark.parametrize("setting", ["LoRA without routers", "environment, LoRA without routers"])
+def test_frozen_routers_are_one_warning_with_the_fix(report: dict[str, Any], setting: str) -> None:
+    """In terms of verl's settings, whatever has switched DenseMixer on."""
+    (warning,) = report[setting]["warnings"]
+    assert "nothing to train in 2 of 2 layers, whose routers are frozen (model.layers.0.mlp.gate and 1 more)" in warning
+    assert warning.endswith("Set +…model.target_parameters=[mlp.gate.weight] for this role to train them.")
 
 
 def test_nothing_is_attached_where_nothing_is_trained_or_wanted(report: dict[str, Any]) -> None:
@@ -94,7 +107,6 @@ def test_all_metrics_are_an_option(report: dict[str, Any]) -> None:
     [
         ("no experts", ["override_config.densemixer for", "has no Mixture-of-Experts layers", "switch it off"]),
         ("layers that do not exist", ["layers=(7,): the model has 2 Mixture-of-Experts layers"]),
-        ("LoRA without routers", ["LoRA leaves the routers frozen", "target_parameters=[mlp.gate.weight]"]),
         ("quantisation-aware", ["quantisation-aware training (qat.enable)"]),
     ],
 )

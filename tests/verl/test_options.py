@@ -32,6 +32,7 @@ def test_on(value: Any, options: DenseMixerConfig, nested: bool) -> None:
     ("override", "message"),
     [
         ({"densemixer": "yes"}, "override_config.densemixer must be true, false or a mapping of options, got 'yes'"),
+        ({"densemixer": "true"}, "got 'true'; write true, without quotes"),
         ({"densemixer": 1}, "must be true, false or a mapping"),
         (
             {"densemixer": {"estimater": "centered"}},
@@ -67,6 +68,18 @@ def test_the_key_never_reaches_the_configuration_of_the_model() -> None:
     assert seen == [{"bos_token_id": 0}]
     with pytest.raises(ValueError, match="unknown option"):
         module.update_model_config(None, override_config_kwargs={"densemixer": {"n": 1}})
+
+
+@pytest.mark.usefixtures("assets")
+@pytest.mark.parametrize("key", ["densemixer", "use_densemixer", "dense_mixer"])
+def test_the_key_in_a_place_where_it_is_none(key: str) -> None:
+    """As verl's trainers build the configuration of a model from that of the command line."""
+    from omegaconf import OmegaConf
+    from verl.utils.config import omega_conf_to_dataclass
+
+    config = {"_target_": "verl.workers.config.HFModelConfig", "path": "/nowhere", key: True}
+    with pytest.raises(Exception, match=f"model.{key}: no such key; did you mean model.override_config.densemixer"):
+        omega_conf_to_dataclass(OmegaConf.create(config))
 
 
 @pytest.mark.usefixtures("assets")

@@ -8,9 +8,12 @@ import sys
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
 
-from densemixer_adapters import _boot
-
-_boot.install()
+try:
+    from densemixer_adapters import _boot
+except ImportError:  # another Python, without this package: it starts as without us
+    pass
+else:
+    _boot.install()
 
 _here = os.path.dirname(os.path.abspath(__file__))
 _spec = PathFinder.find_spec(__name__, [path for path in sys.path if os.path.abspath(path) != _here])

@@ -1,0 +1,137 @@
+"""What a user is told of a model: a line that says what is attached to it, and warnings of what has no effect."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from densemixer_adapters.cost import extra_operations
+from densemixer_adapters.layer import DenseMixerLayer
+from densemixer_core import DenseMixerConfig
+
+logger = logging.getLogger("densemixer")
+
+UNREAD_METRICS = (
+    "DenseMixer: the option metrics does nothing in this training loop, where nobody reads router metrics. The Trainer "
+    "of transformers logs them if it has densemixer_adapters.callback.DenseMixerCallback() among its callbacks, or "
+    "under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory and verl with the option set there. Otherwise leave it out."
+)
+OVERFLOW = (
+    "DenseMixer: for some tokens the output of an expert that wasn't selected doesn't fit into float16, first in "
+    "{name}. Such a pair of a token and an expert counts as nothing, as in conventional training. Router metrics count "
+    "them as pairs_left_out. bfloat16 has no such limit."
+)
+CHANGED_EXPERTS = (
+    "DenseMixer: weights of experts were written to in place between the forward of their layer and its backward, "
+    "first in {name}. The gradient that DenseMixer adds is that of the weights as they are in the backward."
+)
+_FIX = (
+    'With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["{router}"]); otherwise call '
+    "requires_grad_(True) on it."
+)
+
+
+def describe(model: Any, layers: Sequence[DenseMixerLayer]) -> str:
+    """What is attached, to how many layers, with which options, and what it costs, as things are now.
+
+    Args:
+        model: The model.
+        layers: Its layers that DenseMixer is attached to, at least one.
+    """
+    config = layers[0].config
+    trainable = sum(not layer.router_is_frozen for layer in layers)
+    frozen = "" if trainable == len(layers) else f", of which {trainable} have a router that isn't frozen"
+    return (
+        f"DenseMixer is attached to {len(layers)} layers of {type(model).__name__} "
+        f"({getattr(getattr(model, 'config', None), 'model_type', 'no model type')}){frozen}: {_options(config)}, "
+        f"{1e-9 * extra_operations(model, layers):.4g} GFLOP more a token in the backward"
+    )
+
+
+def announce(text: str) -> None:
+    """Log a line at ``info``, on the first rank."""
+    logger.log(logging.INFO if _is_first_rank() else logging.DEBUG, text)
+
+
+def warn(text: str) -> None:
+    """Log a warning, on the first rank."""
+    logger.log(logging.WARNING if _is_first_rank() else logging.DEBUG, text)
+
+
+def show_log(level: str | None) -> None:
+    """Have the logger ``densemixer`` heard: on standard error, where logging isn't set up to show its records.
+
+    Args:
+        level: From which on; None for ``info``, unless the program has set one.
+    """
+    if level is not None or logger.level == logging.NOTSET:
+        logger.setLevel(level or logging.INFO)
+    if not any(isinstance(handler, _LastResort) for handler in logger.handlers):
+        logger.addHandler(_LastResort())
+
+
+class FrozenRouters:
+    """Warns of layers that have nothing to train.
+
+    Args:
+        layers: The layers to look at.
+
+    Attributes:
+        fix: What to do about it in the framework at hand, with ``{router}`` for the router's name in its layer; None
+            where routers are frozen for a time only, which is no reason to warn.
+    """
+
+    def __init__(self, layers: Sequence[DenseMixerLayer]) -> None:
+        self.layers = layers
+        self.fix: str | None = _FIX
+        self._known: set[str] = set()
+
+    def warn(self) -> None:
+        """Log one warning, on the first rank, for all routers that are frozen now, but once for each."""
+        if self.fix is None:
+            return
+        frozen = [layer.router_name for layer in self.layers if layer.router_is_frozen]
+        new = [name for name in frozen if name not in self._known]
+        if not new:
+            return
+        self._known.update(new)
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        fix = self.fix.format(router=".".join(new[0].split(".")[-2:]))
+        warn(
+            f"DenseMixer has nothing to train in {len(frozen)} of {len(self.layers)} layers, whose routers are frozen "
+            f"({new[0]}{more}): such a layer trains as without DenseMixer. {fix}"
+        )
+
+
+def _options(config: DenseMixerConfig) -> str:
+    """The estimator, and what isn't as by default."""
+    fields = [field for field in dataclasses.fields(config) if field.name != "estimator"]
+    changed = [f"{field.name} {value}" for field in fields if (value := getattr(config, field.name)) != field.default]
+    return ", ".join([f"estimator {config.estimator}", *changed])
+
+
+def _is_first_rank() -> bool:
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank() == 0
+    rank = os.environ.get("RANK", "")
+    return not rank.isdigit() or int(rank) == 0  # some programs use the name for something else
+
+
+class _LastResort(logging.Handler):
+    """Prints to standard error what no other handler shows. One that is there may have a level or a filter."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        source: logging.Logger | None = logger
+        while source is not None:
+            for handler in source.handlers:
+                silent = isinstance(handler, _LastResort | logging.NullHandler)
+                if not silent and record.levelno >= handler.level and handler.filter(record):
+                    return
+            source = source.parent if source.propagate else None
+        print(self.format(record), file=sys.stderr, flush=True)
