@@ -34,7 +34,7 @@ THREADS, STEPS = 4, 200
 def hasty() -> Iterator[None]:
     """Threads that take turns as often as Python lets them."""
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
+    sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(interval)
 
@@ -63,8 +63,8 @@ def replica(module: nn.Module) -> nn.Module:
 )
 def test_threads(family: str, config: DenseMixerConfig) -> None:
     """Two train the model itself, two a replica for each step, and all evaluate now and then."""
-    model: Any = FAMILIES[family].build("eager")
-    batches = [tokens(1, 4 + number, seed=number) for number in range(5)]  # each thread has one more that it evaluates
+    model: Any = FAMILIES[family].build()
+    batches = [tokens(1, 4 + number, seed=number) for number in range(5)]
     names, parameters = zip(*model.named_parameters(), strict=True)
 
     def gradients(model: nn.Module, ids: Tensor) -> tuple[Tensor, ...]:
@@ -225,7 +225,7 @@ class Interleavings(RuleBasedStateMachine):
     @rule(
         trained=models,
         fail=st.sampled_from(FAILURES),
-        error=st.sampled_from([torch.OutOfMemoryError]),
+        error=st.sampled_from([torch.OutOfMemoryError, KeyboardInterrupt]),
         gradients=st.booleans(),
     )
     def failure(self, trained: Trained, fail: Any, error: type[BaseException], gradients: bool) -> None:
@@ -279,7 +279,7 @@ class Interleavings(RuleBasedStateMachine):
 def machine(name: str, subject: Subject) -> Any:
     case = type(name, (Interleavings,), {"subject": subject}).TestCase
     case.settings = settings(
-        max_examples=15,
+        max_examples=40,
         stateful_step_count=30,
         derandomize=True,
         database=None,
