@@ -192,7 +192,7 @@ class MegatronLayer:
 
     def is_selected(self) -> bool:
         """Whether the option `layers` selects this one. Its number may not be known before the first forward."""
-        return self.block.layer_number in self._selection
+        return self._selection.chooses(self.block.layer_number)
 
     def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
         try:
