@@ -63,6 +63,11 @@ class Call:
         self.checks = False
         self.done = False
 
+    @property
+    def hooked(self) -> list[nn.Module]:
+        """Where the experts' hook belongs."""
+        return self.inner if self.site is None else [*self.inner, self.site]
+
 
 logger = logging.getLogger("densemixer")
 

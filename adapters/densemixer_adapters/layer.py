@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from densemixer_adapters import calls
 from densemixer_adapters.calls import Call
 from densemixer_adapters.checks import EVERY, OutputMismatchError, check_output, draws_at_random, signature
-from densemixer_adapters.host_experts import formula_of, layout_of, stacked_within, unwrap, weight_names
+from densemixer_adapters.host_experts import formula_of, layout_of, unwrap, weight_names
 from densemixer_adapters.routers import Router
 from densemixer_adapters.weights import read_weights
 from densemixer_core import (
@@ -142,11 +141,6 @@ class DenseMixerLayer:
         return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 
     @property
-    def extra_operations(self) -> float:
-        """Floating-point operations a token, in the backward: the up projection of x and the down projection of g."""
-        return self.config.budget * sum(2 * math.prod(shape) for shape in self.matrices)
-
-    @property
     def router_is_linear(self) -> bool:
         """Whether the router's logits are its weight times its input, plus a bias at most."""
         return self._spec.linear and isinstance(getattr(unwrap(self.router), "weight", None), Tensor)
@@ -163,14 +157,17 @@ class DenseMixerLayer:
 
     @property
     def router_is_frozen(self) -> bool:
-        return _is_frozen(self.router)
+        """False too where the block is gone, or isn't known yet, as a copy's."""
+        block = None if self._block is None else self._block()
+        return block is not None and _is_frozen(getattr(block, self.router_attribute))
 
     def attach(self, handle: DenseMixerHandle) -> None:
         self.handle = handle
         block = self.block
         block.register_forward_pre_hook(self._before_block)
         block.register_forward_hook(self._after_block, always_call=True)
-        calls.attach(self.router, stacked_within(block.get_submodule("experts"))[0])
+        call = Call(self, block, False, None)
+        calls.attach(call.router, call.hooked)
 
     def remove(self) -> None:
         """Leave the block as it was. Does nothing the second time, or where the block is gone."""
@@ -193,8 +190,10 @@ class DenseMixerLayer:
         if torch.compiler.is_compiling():
             call.checks = self._probabilities is None
         elif call.trains:
+            if self._block is None:
+                self.belong_to(block)
             self._refuse(call)
-            calls.attach(call.router, [*call.inner, *([] if call.site is None else [call.site])])
+            calls.attach(call.router, call.hooked)
             self._plan_checks(call)
         calls.begin(call)
 

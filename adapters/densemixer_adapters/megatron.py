@@ -285,8 +285,9 @@ def _pattern(chunks: Sequence[nn.Module]) -> str | None:
 
 
 def _layer_numbers(chunks: Sequence[nn.Module]) -> set[int]:
-    """The numbers of all layers of this rank."""
-    numbers = (getattr(module, "layer_number", None) for chunk in chunks for module in chunk.modules())
+    """The numbers of all layers of this rank, dense ones too. An encoder without experts counts its own otherwise."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    numbers = (getattr(each, "layer_number", None) for each in modules if _has_experts(getattr(each, "config", None)))
     return {number for number in numbers if isinstance(number, int)}
 
 

@@ -107,6 +107,11 @@ class MegatronLayer:
         read_experts(self.block, self.name)
         self._block_checked = True
 
+    @property
+    def epsilon(self) -> float:
+        """What Megatron adds to the sum of the selected scores; a softmax over the selected logits needs nothing."""
+        return 1e-20 if self.renormalised and self.block.config.moe_router_score_function != "softmax" else 0.0
+
     def attach(self) -> None:
         for name, owner in self._owners.items():
             if name in vars(owner):
@@ -171,6 +176,7 @@ class MegatronLayer:
             score=self.block.config.moe_router_score_function,
             renormalised=self.renormalised,
             config=self._config,
+            epsilon=self.epsilon,
         )
         return output + shared[0].view_as(output) if shared else output
 
@@ -192,18 +198,17 @@ class MegatronLayer:
 
     def is_selected(self) -> bool:
         """Whether the option `layers` selects this one. Its number may not be known before the first forward."""
-        return self.block.layer_number in self._selection
+        return self._selection.chooses(self.block.layer_number)
 
     def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
         try:
-            check_routing(scores, index, weights, self.renormalised)
+            self._checked = check_routing(scores, index, weights, self.renormalised, self.epsilon)
         except RoutingMismatchError as error:
             raise RoutingMismatchError(
                 f"{self.name}: DenseMixer takes its router's scores to be the "
                 f"{self.block.config.moe_router_score_function} of the logits, but {error}. This version of Megatron "
                 "Core, or a patch of it, routes differently; the gradient would be wrong. Switch DenseMixer off."
             ) from None
-        self._checked = weights.numel() > 0
 
 
 @contextlib.contextmanager

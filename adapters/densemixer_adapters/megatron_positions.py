@@ -63,11 +63,11 @@ class Selection:
             self._numbers = moe_layer_numbers(config, pattern)
             self._chosen = {self._numbers[position] for position in options.positions(len(self._numbers))}
 
-    def __contains__(self, number: int | None) -> bool:
-        """Whether the layer of this number is selected.
+    def chooses(self, number: int | None) -> bool:
+        """Whether the layer of this number, which has experts, is selected.
 
         Raises:
-            ValueError: It has experts, where the configuration has a layer without them.
+            ValueError: By the configuration it has none.
         """
         if self._numbers is None:
             return True

@@ -33,7 +33,10 @@ REFUSED = {
     "moe_mlp_glu_interleave_size": ("stores gate and up projection in another order than is read here", "unset it"),
     "moe_single_grouped_weight": _IS_ELSEWHERE,
     "moe_single_grouped_bias": _IS_ELSEWHERE,
-    "moe_ncclep_zero_copy": ("puts the experts' output into buffers that are used again", "set it to False"),
+    "moe_ncclep_zero_copy": (
+        "puts the experts' output into buffers that are used again before the backward",
+        "set it to False",
+    ),
     "fp8": _IS_QUANTISED,
     "fp4": _IS_QUANTISED,
     "quant_recipe": _MAY_QUANTISE,

@@ -19,7 +19,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from densemixer_adapters.metric_names import CHANGE, COSINE, DRIFT, ENTROPY, LOST, MAXIMUM, NORM, PREFIX, SHARE
+from densemixer_adapters.metric_names import (
+    CHANGE,
+    COSINE,
+    DRIFT,
+    ENTROPY,
+    LEFT_OUT,
+    LOST,
+    MAXIMUM,
+    NORM,
+    PREFIX,
+    SHARE,
+)
 from densemixer_adapters.printable import file_name, printable
 from densemixer_adapters.verdict import Verdict, judge
 
@@ -33,6 +44,7 @@ TITLES = {
     CHANGE: "routing changed since the start, share of selections",
     DRIFT: "drift of the logits since the start, relative",
     LOST: "share of updates lost to rounding",
+    LEFT_OUT: "pairs of token and expert left out, which overflow",
 }
 
 LARGEST = 3.5e38

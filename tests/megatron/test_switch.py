@@ -403,6 +403,15 @@ def test_layers_in_a_part_of_a_hybrid_model() -> None:
         Selection(config(Case(), is_hybrid_model=True), DenseMixerConfig(layers=[0]))
 
 
+def test_layers_of_an_encoder_do_not_count() -> None:
+    """Its layers have numbers of their own, also where this rank has none of the first layers with experts."""
+    encoder, layer = nn.Linear(2, 2), build(Case(), num_layers=2)
+    encoder.config, encoder.layer_number = TransformerConfig(**SMALL), 1
+    layer.set_layer_number(2)
+    with enable(nn.ModuleList([encoder, layer]), DenseMixerConfig(layers=[-1])) as handle:
+        assert len(handle.layers) == 1
+
+
 def test_a_layer_with_experts_that_the_configuration_does_not_know_of() -> None:
     layer = build(Case(), num_layers=2, moe_layer_freq=[0, 1], moe_densemixer={"layers": [0]})  # its number is 1
     with pytest.raises(ValueError, match=r"experts in layers \[2\], but layer 1 has experts.*Set moe_layer_freq"):

@@ -39,7 +39,7 @@ def test_a_file(checkout: Path) -> None:
 
 
 def test_an_empty_switch_is_none(checkout: Path) -> None:
-    done = launch("finetune", DENSEMIXER_ENABLED="")
+    done = launch("open_instruct/finetune.py", DENSEMIXER_ENABLED="")
     assert (done.returncode, done.stdout) == (0, "__main__ 1\n"), done.stderr
 
 

@@ -86,8 +86,8 @@ def replica(module: nn.Module) -> nn.Module:
     copy = module._replicate_for_data_parallel()
     for name, child in module.named_children():
         setattr(copy, name, replica(child))
-    for name, parameter in module.named_parameters(recurse=False):
-        setattr(copy, name, parameter.view_as(parameter))
+    for name, parameter in module._parameters.items():
+        setattr(copy, name, None if parameter is None else parameter.view_as(parameter))
     return copy
 
 
