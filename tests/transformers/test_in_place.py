@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
-KEEP = (torch.arange(16 * 64).reshape(16, 64) % 3 > 0).float()
+PAIRS = [("qwen3_moe", "centered"), ("mixtral", "densemixer"), ("gpt_oss", "centered"), ("deepseek_v3", "densemixer")]
 
 
 def _mask(y: Tensor) -> None:
@@ -42,8 +42,7 @@ def in_place(change: Callable[[Tensor], Any]) -> Callable[[nn.Module, Any, Any],
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(("family", "estimator"), PAIRS)
 def test_of_the_experts(family: str, estimator: str, change: str, when: str) -> None:
     of, block, (x, g) = FAMILIES[family], block_of(family), data()
     operation, same = CHANGES[change]
@@ -97,8 +96,7 @@ def test_dropout(family: str, on: str, estimator: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["add_", "mul_", "part"])
-@pytest.mark.parametrize("estimator", ESTIMATORS)
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(("family", "estimator"), PAIRS)
 def test_of_the_block(family: str, estimator: str, change: str) -> None:
     of, block, (x, g) = FAMILIES[family], block_of(family), data()
     operation, same = CHANGES[change]

@@ -279,7 +279,7 @@ class Interleavings(RuleBasedStateMachine):
 def machine(name: str, subject: Subject) -> Any:
     case = type(name, (Interleavings,), {"subject": subject}).TestCase
     case.settings = settings(
-        max_examples=40,
+        max_examples=30,
         stateful_step_count=30,
         derandomize=True,
         database=None,

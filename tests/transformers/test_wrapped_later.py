@@ -56,9 +56,12 @@ def truth(family: Family, model: nn.Module, estimator: str) -> dict[str, Tensor]
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
-    ("family", "estimator"), [("qwen3_moe", "densemixer"), ("gpt_oss", "centered"), ("deepseek_v3", "centered")]
+    ("family", "estimator", "place"),
+    [
+        *(("qwen3_moe", "densemixer", place) for place in PLACES),
+        *((family, "centered", place) for family in ("gpt_oss", "deepseek_v3") for place in ("experts", "router")),
+    ],
 )
 def test_gradients(family: str, estimator: str, place: str, wrapper: str, when: str) -> None:
     of, config = FAMILIES[family], DenseMixerConfig(estimator)
