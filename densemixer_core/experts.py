@@ -93,7 +93,7 @@ class StackedExperts:
 def compute_dtype(weight: Tensor) -> torch.dtype:
     """The dtype in which the host multiplies by ``weight``: autocast's where it is on (it leaves float64 alone)."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return weight.dtype
 
@@ -224,7 +224,8 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
         experts: The experts of the layer.
 
     Returns:
-        y, [tokens, hidden], and Σ|w_j|·‖E_j(x)‖, the size of what may cancel in it, [tokens]. Float32 or float64.
+        y, [tokens, hidden], and the size of what may cancel in it, [tokens]. Float32 or float64. The size is
+        Σ|w_j|·‖s_j‖, where each number of s_j is the root of the summed squares of the terms of that of E_j(x).
     """
     stacked, layout = _oriented(experts), experts.layout
     dtype = torch.promote_types(stacked.up.dtype, torch.float32)
@@ -237,15 +238,22 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
             up, down, up_bias, down_bias, scale = (None if w is None else w[expert].to(dtype) for w in stacked)
             assert up is not None
             assert down is not None
-            output = _affine(layout.activation(_affine(x[token], up, up_bias)).to(dtype), down, down_bias)
-            output = output if layout.post_norm is None else layout.post_norm(output).to(dtype)
-            output = output if scale is None else output * scale
+            inner = layout.activation(_affine(x[token], up, up_bias)).to(dtype)
+            output = _affine(inner, down, down_bias)
+            terms = torch.linalg.vector_norm(torch.sqrt(inner.square() @ down.square()), dim=-1)
+            if layout.post_norm is not None:
+                normed = layout.post_norm(output).to(dtype)
+                terms = terms * torch.linalg.vector_norm(normed, dim=-1) / torch.linalg.vector_norm(output, dim=-1)
+                output = normed
+            if scale is not None:
+                output, terms = output * scale, terms * scale.abs()
         elif count <= expert < count + layout.identities:
-            output = x[token]
+            output, terms = x[token], x.new_zeros(len(token))
         else:
             continue
         y.index_add_(0, token, output * weights[token, slot].unsqueeze(1))
-        size.index_add_(0, token, torch.linalg.vector_norm(output, dim=-1) * weights[token, slot].abs())
+        terms = torch.maximum(terms, torch.linalg.vector_norm(output, dim=-1))
+        size.index_add_(0, token, terms * weights[token, slot].abs())
     return y, size
 
 

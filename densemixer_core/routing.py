@@ -63,13 +63,13 @@ def are_probabilities(router_output: Tensor) -> bool | None:
     would need rows that sum to one within rounding, for every token. Synchronises with the device.
 
     Returns:
-        None where that can't be told: there is no row, or none of finite numbers.
+        None where that can't be told: there is no row, or none of numbers.
     """
     rows = router_output.detach()
     total = rows.sum(-1, dtype=torch.float64)
-    finite = total.isfinite()
+    known = ~total.isnan()  # an infinite one is known to be no probability: logits are masked by it
     passes = (rows >= 0).all(-1) & ((total - 1).abs() <= _tolerance(rows.dtype))
-    some, all_pass = torch.stack([finite.any(), (passes | ~finite).all()]).tolist()
+    some, all_pass = torch.stack([known.any(), (passes | ~known).all()]).tolist()
     return bool(all_pass) if some else None
 
 

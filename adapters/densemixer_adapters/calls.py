@@ -163,6 +163,8 @@ def attach(call_router: nn.Module, experts: Sequence[nn.Module]) -> None:
     hooks = call_router._forward_hooks
     key = next((key for key, hook in hooks.items() if hook is after_router), None)
     if key is None:
+        for module in call_router.modules():  # what has been wrapped since
+            remove_hook(module, next((key for key, hook in module._forward_hooks.items() if hook is after_router), -1))
         call_router.register_forward_hook(after_router)
     elif next(reversed(hooks)) != key:
         hooks.move_to_end(key)  # type: ignore[attr-defined]  # an OrderedDict
@@ -171,8 +173,25 @@ def attach(call_router: nn.Module, experts: Sequence[nn.Module]) -> None:
             module.register_forward_hook(after_experts, prepend=True, with_kwargs=True)
 
 
+def is_last(router: nn.Module) -> bool:
+    """Whether our hook is the router's last one."""
+    hooks = list(router._forward_hooks.values())
+    return bool(hooks) and hooks[-1] is after_router
+
+
+def is_first(experts: Sequence[nn.Module]) -> bool:
+    """Whether our hook is the first one of all of these."""
+    places = [list(module._forward_hooks.values()) for module in experts]
+    return all(hooks and hooks[0] is after_experts for hooks in places)
+
+
 def detach(block: nn.Module) -> None:
-    """Take the hooks off all modules within a block, those of copies that others have made of them included."""
+    """Take the hooks off all modules within a block, those of copies that others have made of them included.
+
+    If the block is running, what is under way there is dropped.
+    """
+    if (call := under_way()) is not None and call.block is block:
+        end(block)
     for module in block.modules():
         for key, hook in list(module._forward_hooks.items()):
             if hook is after_router or hook is after_experts:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from densemixer_core import StackedExperts, routed_output
 
@@ -29,10 +30,11 @@ class OutputMismatchError(RuntimeError):
 
 def signature(*modules: nn.Module) -> tuple[Any, ...]:
     """What changes when somebody hooks into one of these modules, or replaces its class or its forward."""
-    return tuple(
+    own = [
         (type(module), id(vars(module).get("forward")), *module._forward_pre_hooks, *module._forward_hooks)
         for module in modules
-    )
+    ]
+    return (*own, tuple(_global_forward_pre_hooks), tuple(_global_forward_hooks))
 
 
 def draws_at_random(experts: nn.Module) -> bool:

@@ -21,12 +21,12 @@ Liger puts its own in the place of a model's if it is applied before the model i
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The host's own module inside the wrappers of PEFT and of activation checkpointing."""
+    """The host's own module inside the wrappers of PEFT, of activation checkpointing and of torch.compile."""
     inner = next((found for name in _WRAPPED if isinstance(found := getattr(module, name, None), nn.Module)), None)
     return module if inner is None else unwrap(inner)
 
 
-_WRAPPED = ("base_layer", "original_module", _CHECKPOINTED)
+_WRAPPED = ("base_layer", "original_module", _CHECKPOINTED, "_orig_mod")
 
 
 def is_stacked(module: nn.Module) -> bool:
@@ -41,9 +41,9 @@ def stacked_within(experts: nn.Module) -> tuple[list[nn.Module], nn.Module | Non
     """The modules with stacked weights inside all wrappers, and the outermost activation checkpoint around them."""
     if is_stacked(experts):
         return [experts], None
-    modules = list(experts.modules())
-    checkpoint = next((module for module in modules if _CHECKPOINTED in module._modules), None)
-    return [module for module in modules if is_stacked(module)], checkpoint
+    inner = [module for module in experts.modules() if is_stacked(module)]
+    checkpoints = (module for module in experts.modules() if _CHECKPOINTED in module._modules)
+    return inner, next((found for found in checkpoints if any(map(is_stacked, found.modules()))), None)
 
 
 def is_split(experts: nn.Module) -> bool:

@@ -6,6 +6,7 @@ experts' hook puts the straight-through node on their output, and the block's la
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 import threading
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from densemixer_adapters import calls
 from densemixer_adapters.calls import Call
@@ -111,6 +114,9 @@ class DenseMixerLayer:
         vars(self).update(state)
         self._forget()
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name or 'of the block itself'}>"
+
     def belong_to(self, block: nn.Module) -> None:
         """Say whose layer this is, where the block has been copied."""
         self._block = weakref.ref(block)
@@ -188,6 +194,11 @@ class DenseMixerLayer:
             return
         call = Call(self, block, torch.is_grad_enabled() and self._trains(block), calls.under_way())
         if torch.compiler.is_compiling():
+            if call.trains and not (calls.is_last(call.router) and calls.is_first(call.hooked)):
+                raise UnsupportedModelError(
+                    f"{self.name}: somebody has registered hooks on its router or experts since. Run one step before "
+                    "you compile it with fullgraph=True."
+                )
             call.checks = self._probabilities is None
         elif call.trains:
             if self._block is None:
@@ -247,12 +258,19 @@ class DenseMixerLayer:
                 ", so DenseMixer can't see the scores. Something replaced the block's forward; remove that, or switch "
                 "DenseMixer off."
             )
+        if not calls.is_last(call.router):
+            raise UnsupportedModelError(
+                f"{self.name}: a hook was registered on its router `{self.router_name}` while the block ran, so "
+                "DenseMixer has seen the router's output before it. Register it before the block is called."
+            )
         if experts is not call.site:
-            call.stacked = None if self.config.estimator == "conventional" else self._stacked(call, experts)
-            if call.checks and len(index):
-                self._check(call, x, index, weights, output)
-        if experts is not call.site and call.site is not None:
+            call.stacked = None if self.config.estimator == "conventional" else self._stacked(call, experts, x)
+            if call.site is not None:
+                return None
+        if not torch.is_grad_enabled():  # somebody looks at the experts, or a checkpoint of the block's own
             return None
+        if call.checks and len(index):
+            self._check(call, x, index, weights, output)
         call.done = True
         return self._through(call, x, index, weights, output)
 
@@ -296,9 +314,12 @@ class DenseMixerLayer:
         if any(isinstance(argument, Tensor) and not argument.numel() for argument in args):
             return
         raise UnsupportedModelError(
-            f"{self.name}: its forward ran without calling `experts` as a module, so DenseMixer had no effect. A "
-            "kernel that replaces the whole block does this: load the model with use_kernels=False; so do experts that "
-            "are compiled apart from their block: compile the block or the model. Or switch DenseMixer off."
+            f"{self.name}: its forward ran without calling `experts` as a module, or called them without gradients, so "
+            "DenseMixer had no effect. A kernel that replaces the whole block does this: load the model with "
+            "use_kernels=False. A reentrant checkpoint within the block's forward does: checkpoint the block, or wrap "
+            "the experts by torch's checkpoint_wrapper. Experts that are compiled apart from their block do, and a "
+            "compiled block in another thread: compile the block or the model, in the thread that trains. Or switch "
+            "DenseMixer off."
         )
 
     # What happens in the backward.
@@ -329,7 +350,7 @@ class DenseMixerLayer:
     def _scores(self, router_output: Tensor, probabilities: bool) -> Tensor:
         return router_output if probabilities else router_scores(router_output, self._spec.score)
 
-    def _stacked(self, call: Call, experts: Any) -> StackedExperts:
+    def _stacked(self, call: Call, experts: Any, x: Tensor) -> StackedExperts:
         """The experts with their weights, as their forward saw them."""
         assert call.router_output is not None
         scored = call.router_output.shape[-1]
@@ -339,7 +360,7 @@ class DenseMixerLayer:
             weights = weights._replace(scale=scale)
             if derivation:
                 derivation = dataclasses.replace(derivation, sources=derivation.sources._replace(scale=scale))
-        if weights.down.is_meta:
+        if weights.down.is_meta and not x.is_meta:
             raise UnsupportedModelError(
                 f"{self.name}: the weights of its experts are not there after their forward: accelerate offloads them "
                 "(a device_map with `cpu` or `disk`, or cpu_offload). Load the model without, or offload with FSDP2 or "
@@ -366,11 +387,17 @@ class DenseMixerLayer:
         )
         return StackedExperts(weights, layout, derivation)
 
-    @torch.no_grad()
     def _check(self, call: Call, x: Tensor, index: Tensor, weights: Tensor, output: Tensor) -> None:
+        # Out of sight of who records operations, such as selective checkpointing, whose recomputation comes without.
+        with torch.no_grad(), contextlib.nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
+            self._compare(call, x, index, weights, output)
+
+    def _compare(self, call: Call, x: Tensor, index: Tensor, weights: Tensor, output: Tensor) -> None:
         """Compare what is declared with what the layer did, see `checks`."""
         assert call.router_output is not None
         raw, stacked, router = _rows(call.router_output), call.stacked, unwrap(call.router)
+        if raw.is_meta or isinstance(raw, FakeTensor):  # no numbers to look at
+            return
         probabilities = are_probabilities(raw) if self._spec.score == "softmax" else False
         if probabilities is None:  # nothing but what isn't a number
             return
@@ -397,6 +424,11 @@ class DenseMixerLayer:
     def _check_output(
         self, call: Call, stacked: StackedExperts, x: Tensor, index: Tensor, weights: Tensor, output: Tensor
     ) -> None:
+        if not all(weight.untyped_storage().size() for weight in stacked.weights[:2]):
+            raise UnsupportedModelError(
+                f"{self.name}: the weights of its experts are gone after the activation checkpoint around them, since "
+                "FSDP or ZeRO-3 shards them inside of it. Wrap them the other way round: the checkpoint inside."
+            )
         if draws_at_random(call.experts):
             return
         derivation = stacked.derivation

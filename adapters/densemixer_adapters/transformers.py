@@ -170,6 +170,9 @@ class DenseMixerHandle:
         for layer in layers:
             layer.attach(self)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.layers}>"
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Nobody holds that handle, so it gives way."""
         return {**vars(self), "_model": None, "gives_way": True}

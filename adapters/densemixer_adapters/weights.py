@@ -58,7 +58,7 @@ def read_weights(experts: nn.Module, names: Sequence[str | None]) -> tuple[Exper
 def _source(experts: Any, name: str | None) -> tuple[Any, tuple[_Step, ...]]:
     if name is None:
         return None, ()
-    if is_parametrized(experts, name):
+    if is_parametrized(experts, name) and hasattr(experts.parametrizations[name], "original"):
         # PEFT removes its parametrization after the forward; the list is copied, its modules live on.
         return experts.parametrizations[name].original, tuple(experts.parametrizations[name])
     weight = getattr(experts, name)
