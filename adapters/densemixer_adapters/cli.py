@@ -170,7 +170,7 @@ def report(
 
     Reads trainer_state.json (HF Trainer, LLaMA-Factory, TRL), of the checkpoint with the most steps if the run has none
     itself, or what verl's logger `file` wrote. What it can't read it leaves out, and says so. The exit status is 1 if
-    the run has no router metrics, 2 if it can't be read.
+    the run has no router metrics, 2 if it can't be read, drawn or written.
     """
     from densemixer_adapters.report import UnreadableRunError, read_run, write
     from densemixer_adapters.report import as_json as to_json

@@ -167,6 +167,11 @@ def attach(model: nn.Module, settings: Settings) -> None:
 
     model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if not settings.wants(model_type):
+        if settings.enabled and has_experts(model):
+            announce(
+                f"{ENABLED}=1: {type(model).__name__} ({model_type}) is left out, as {MODELS} or the variable of its "
+                "family says"
+            )
         return
     if not has_experts(model):
         announce(f"{ENABLED}=1: {type(model).__name__} has no Mixture-of-Experts layers, so nothing is attached")
