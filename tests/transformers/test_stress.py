@@ -256,6 +256,7 @@ class Interleavings(RuleBasedStateMachine):
         elif not trained.waiting:
             self._attach(trained, estimator)
 
+    @precondition(lambda self: len(self.subject.adapters) > 1)
     @rule(trained=models, data=st.data())
     def another_adapter(self, trained: Trained, data: st.DataObject) -> None:
         if not trained.waiting:
