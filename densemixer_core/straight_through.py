@@ -114,8 +114,7 @@ def straight_through(
     if isinstance(how, _Stacked) and torch.compiler.is_compiling():
         saved += how.kept  # torch.compile follows no other way
         how = dataclasses.replace(how, kept=())
-    # Detached: the carrier's gradient is no affair of the experts.
-    carrier = _ScoreGradient.apply(scores, output.detach(), tuple(saved), _Call(how, score, config, listener))  # type: ignore[no-untyped-call]
+    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, listener))  # type: ignore[no-untyped-call]
     return _HandOn.apply(output, carrier)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -180,7 +179,11 @@ class _HandOn(torch.autograd.Function):
 
 
 class _ScoreGradient(torch.autograd.Function):
-    """From scores to a carrier: zeros without memory, in the shape of the output, whose gradient is g."""
+    """From scores to a carrier: zeros without memory, in the shape of the output, whose gradient is g.
+
+    The output is an input too, though it gets no gradient: so this comes before the experts in the backward, and an
+    error here (out of memory, in a recomputation) leaves nothing of them waiting in the engine.
+    """
 
     @staticmethod
     def forward(ctx: Any, scores: Tensor, output: Tensor, saved: tuple[Tensor | None, ...], call: _Call) -> Tensor:
@@ -191,6 +194,8 @@ class _ScoreGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling() and not _is_wanted(ctx.next_functions[0][0]):
+            return None, None, None, None
         if not torch.compiler.is_compiling() and _is_batched(g):
             raise RuntimeError(
                 "DenseMixer doesn't work with batched gradients (is_grads_batched, vmap, a vectorised Jacobian). Take "
@@ -266,6 +271,13 @@ def _without_overflow(extra: Tensor, x: Tensor, g: Tensor, listener: Listener | 
     if listener is not None:
         listener.pairs_left_out(overflowed.sum())
     return extra.masked_fill(overflowed, 0.0)
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the backward that is running needs the gradient that goes to this node of the graph."""
+    if node is None or hasattr(node, "variable"):  # of a leaf, the engine can't say
+        return True
+    return torch._C._will_engine_execute_node(node)
 
 
 def _is_batched(tensor: Tensor) -> bool:

@@ -103,10 +103,19 @@ def recording(to: Recorder) -> Iterator[None]:
 
 
 def begin(call: Call) -> None:
-    # One that was interrupted (KeyboardInterrupt runs no hooks) ends here.
-    while call.outer is not None and call.outer.block is call.block:
-        call.outer = call.outer.outer
     _calls[_thread()] = call
+
+
+def drop_interrupted(block: nn.Module) -> Call | None:
+    """End the calls that a KeyboardInterrupt has left, which runs no hooks: those whose block doesn't contain this one.
+
+    Returns:
+        The call within which the block is called, if there is one.
+    """
+    call = under_way()
+    while call is not None and (call.block is block or all(module is not block for module in call.block.modules())):
+        call = end(call.block) and under_way()
+    return call
 
 
 def end(block: nn.Module) -> Call | None:

@@ -190,9 +190,10 @@ class DenseMixerLayer:
     # What happens in a forward, in this order.
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        outer = None if torch.compiler.is_compiling() else calls.drop_interrupted(block)
         if self.handle is None or not (torch.is_grad_enabled() or calls.recorder() is not None):
             return
-        call = Call(self, block, torch.is_grad_enabled() and self._trains(block), calls.under_way())
+        call = Call(self, block, torch.is_grad_enabled() and self._trains(block), outer)
         if torch.compiler.is_compiling():
             if call.trains and not (calls.is_last(call.router) and calls.is_first(call.hooked)):
                 raise UnsupportedModelError(
