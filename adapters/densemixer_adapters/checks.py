@@ -37,9 +37,16 @@ def signature(*modules: nn.Module) -> tuple[Any, ...]:
     return (*own, tuple(_global_forward_pre_hooks), tuple(_global_forward_hooks))
 
 
-def draws_at_random(experts: nn.Module) -> bool:
-    """Whether the experts' output is random: dropout within them is at work."""
-    return any(isinstance(module, _DropoutNd) and module.training and module.p for module in experts.modules())
+def comparable(block: nn.Module, experts: nn.Module) -> bool:
+    """Whether the experts' output can be compared.
+
+    Not while dropout within them is at work; and not where ZeRO-3 counts what runs inside the block, since to compare
+    runs parts of the experts once more, in a number that differs between ranks (see `densemixer_adapters.deepspeed`).
+    """
+    if any(isinstance(module, _DropoutNd) and module.training and module.p for module in experts.modules()):
+        return False
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in experts.parameters())
+    return not partitioned or getattr(block, "_z3_leaf", False)
 
 
 def check_output(

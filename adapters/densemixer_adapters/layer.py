@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from densemixer_adapters import calls
 from densemixer_adapters.calls import Call
-from densemixer_adapters.checks import EVERY, OutputMismatchError, check_output, draws_at_random, signature
+from densemixer_adapters.checks import EVERY, OutputMismatchError, check_output, comparable, signature
 from densemixer_adapters.host_experts import formula_of, layout_of, unwrap, weight_names
 from densemixer_adapters.routers import Router
 from densemixer_adapters.weights import read_weights
@@ -430,7 +430,7 @@ class DenseMixerLayer:
                 f"{self.name}: the weights of its experts are gone after the activation checkpoint around them, since "
                 "FSDP or ZeRO-3 shards them inside of it. Wrap them the other way round: the checkpoint inside."
             )
-        if draws_at_random(call.experts):
+        if not comparable(call.block, call.experts):
             return
         derivation = stacked.derivation
         used = stacked.weights if derivation is None else derivation.compute(derivation.sources)
