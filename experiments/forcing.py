@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
+from densemixer_adapters.layer import Forward
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
@@ -145,17 +146,18 @@ def _backward(model: Any, ids: Tensor, config: DenseMixerConfig) -> list[_Seen]:
         here.index = args[1]
         args[2].register_hook(functools.partial(setattr, here, "weights_gradient"))
 
-    def observe(name: str, scores: Tensor, x: Tensor) -> Tensor:
+    def observe(name: str, forward: Forward, output: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        assert scores is not None
         here = seen[name]
-        here.scores, here.x = scores.detach(), x.detach().reshape(len(scores), -1)
+        here.scores, here.x = scores.detach(), forward.x.detach().reshape(len(scores), -1)
         scores = scores.clone()  # the gradient here is what DenseMixer adds, and nothing else
         scores.register_hook(functools.partial(setattr, here, "extra"))
-        return scores
+        return output, scores
 
     with apply_densemixer(model, config) as handle:
         hooks = []
         for layer in handle.layers:
-            layer.observe = functools.partial(observe, layer.name)
+            layer.observer = functools.partial(observe, layer.name)
             hooks.append(layer.experts.register_forward_pre_hook(functools.partial(selection, layer.name)))
         sequence_losses(model(input_ids=ids, use_cache=False).logits, ids).sum().backward()
     model.zero_grad()

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer
+from densemixer_adapters.transformers import apply_densemixer, attached_layers
 
 ESTIMATORS = ("densemixer", "conventional")
 
@@ -80,10 +80,8 @@ def in_float64(model: nn.Module | None) -> Iterator[None]:
 def copy_without_densemixer(model: nn.Module) -> nn.Module:
     """With all that the trainer has done to the model."""
     model = copy.deepcopy(model)
-    for module in model.modules():
-        for key, hook in list(module._forward_hooks.items()):
-            if isinstance(getattr(hook, "__self__", None), DenseMixerLayer):
-                del module._forward_hooks[key]
+    for layer in attached_layers(model):
+        layer.remove()
     return model
 
 
