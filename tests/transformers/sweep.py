@@ -6,7 +6,8 @@ import architectures
 import torch
 from torch import Tensor, nn
 
-from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, apply_densemixer
+from densemixer_adapters.routers import Router, router_of
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 
 
 def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
@@ -28,13 +29,14 @@ def refusal(model: nn.Module) -> str | None:
     return None
 
 
-def outcome(folder: str) -> list[DenseMixerLayer] | str:
-    """The layers that DenseMixer trains in an architecture, or why it refuses it."""
-    layers: list[DenseMixerLayer] = []
+def outcome(folder: str) -> list[Router] | str:
+    """What is declared of the routers that DenseMixer trains in an architecture, or why it refuses it."""
+    routers: list[Router] = []
     for cls in architectures.model_classes(folder):
         model = architectures.build(folder, cls)
         if (reason := refusal(model)) is not None:
             return reason
         with apply_densemixer(model) as handle:
-            layers += handle.layers
-    return layers
+            declared = (router_of(layer.router, layer.block) for layer in handle.layers)
+            routers += [router for router in declared if router is not None]
+    return routers

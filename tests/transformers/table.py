@@ -19,19 +19,18 @@ import architectures
 import sweep
 import transformers
 
-from densemixer_adapters.routers import Router, router_of
-from densemixer_adapters.transformers import DenseMixerLayer
+from densemixer_adapters.routers import Router
 
 HEADER = "| Router's score | Weights | Architectures |\n|---|---|---|"
 
 
-def counts(outcomes: dict[str, list[DenseMixerLayer] | str]) -> str:
+def counts(outcomes: dict[str, list[Router] | str]) -> str:
     refused = sum(isinstance(outcome, str) for outcome in outcomes.values())
     version, supported, total = transformers.__version__, len(outcomes) - refused, len(outcomes)
     return f"transformers {version}: {supported} supported, {refused} refused with a reason, {total} in all"
 
 
-def table(outcomes: dict[str, list[DenseMixerLayer] | str]) -> str:
+def table(outcomes: dict[str, list[Router] | str]) -> str:
     """One row for each kind of router, and one for each reason to refuse."""
     rows = defaultdict(set)
     for folder, outcome in outcomes.items():
@@ -39,9 +38,7 @@ def table(outcomes: dict[str, list[DenseMixerLayer] | str]) -> str:
             reason = re.search(r"can't train it: (.*?)\. Switch", outcome)
             rows["refused", reason[1] if reason else outcome].add(folder)
         else:
-            for layer in outcome:
-                router = router_of(layer.router, layer.block)
-                assert router is not None
+            for router in outcome:
                 rows[router.score, _weights(router)].add(folder)
     lines = [f"| {' | '.join(key)} | {', '.join(sorted(folders))} |" for key, folders in rows.items()]
     order = sorted(lines, key=lambda line: (line.startswith("| refused"), line))
@@ -59,7 +56,7 @@ def _weights(router: Router) -> str:
     return text + further[router.further]
 
 
-def outcomes() -> dict[str, list[DenseMixerLayer] | str]:
+def outcomes() -> dict[str, list[Router] | str]:
     return {folder: sweep.outcome(folder) for folder in architectures.found()}
 
 
