@@ -7,7 +7,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from densemixer_core.estimators import ESTIMATORS
@@ -78,7 +78,8 @@ class DenseMixerConfig:
         if not isinstance(self.estimator, str):
             raise TypeError(f"estimator must be a string, got {self.estimator!r}")
         if self.estimator not in ESTIMATORS:
-            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {self.estimator!r}")
+            hint = did_you_mean(self.estimator, ESTIMATORS)
+            raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}; got {self.estimator!r}{hint}")
         if type(self.workspace_mb) is not int:
             raise TypeError(f"workspace_mb must be an integer (MiB), got {self.workspace_mb!r}")
         if not 1 <= self.workspace_mb <= LARGEST_WORKSPACE:
@@ -127,8 +128,7 @@ class DenseMixerConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in options:
             if key not in known:
-                close = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else ""
+                hint = did_you_mean(str(key), known)
                 raise ValueError(f"unknown option of DenseMixer: {key!r}{hint} (known: {', '.join(known)})")
         return cls(**options)
 
@@ -156,6 +156,12 @@ class DenseMixerConfig:
             except ValueError as error:
                 raise ValueError(f"environment variable {variable}={text!r}: {error}") from error
         return cls(**options)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message on a word that isn't known: the known one that is like it, if there is one."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _check_names(environ: Mapping[str, str], names: Sequence[str]) -> None:

@@ -48,7 +48,7 @@ def describe(model: Any, layers: Sequence[DenseMixerLayer]) -> str:
     trainable = sum(not layer.router_is_frozen for layer in layers)
     frozen = "" if trainable == len(layers) else f", of which {trainable} have a router that isn't frozen"
     return (
-        f"DenseMixer is attached to {len(layers)} layers of {type(model).__name__} "
+        f"DenseMixer is attached to {len(layers)} layer{'s' * (len(layers) != 1)} of {type(model).__name__} "
         f"({getattr(getattr(model, 'config', None), 'model_type', 'no model type')}){frozen}: {_options(config)}, "
         f"{1e-9 * extra_operations(model, layers):.4g} GFLOP more a token in the backward"
     )

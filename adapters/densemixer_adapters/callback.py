@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from densemixer_adapters.metric_names import PREFIX
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
 from densemixer_adapters.transformers import attached_layers
 from densemixer_adapters.verdict import judge
 
@@ -34,8 +34,8 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
     of one micro-batch. Progress bars print the metrics over all layers alone.
 
     Training is the same bit for bit, with it and without. However ``train()`` ends, Trainer and model are left as they
-    were. If measuring fails, it ends with a warning, and training goes on; on several ranks, which wait for each other
-    in it, it is an error.
+    were. If measuring fails, it ends with a warning on all ranks, and training goes on. An error in what ranks do
+    together, as the forward of the log, is one of training too.
     """
 
     def __init__(self) -> None:
@@ -174,14 +174,11 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         try:
             yield self._metrics
         except Exception as error:
-            if dist.is_initialized() and dist.get_world_size() > 1:
+            together = not isinstance(error, UnmeasuredError)
+            if together and dist.is_initialized() and dist.get_world_size() > 1:
                 raise
             self.close()
-            logger.warning(
-                "DenseMixer: no router metrics from here on, since measuring them failed (%s: %s). Training goes on.",
-                type(error).__name__,
-                error,
-            )
+            warn_unmeasured(error)
 
 
 def patch_trainer(module: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import importlib.metadata
 import json
 import os
 import shutil
@@ -16,13 +17,28 @@ from typing import Annotated
 import typer
 
 from densemixer_adapters import _boot, site_hook
-from densemixer_adapters.doctor import examine
+from densemixer_adapters.doctor import DISTRIBUTION, examine
 from densemixer_adapters.printable import one_line, printable
 
-app = typer.Typer(help="DenseMixer in training frameworks.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 STARTUP = Path(__file__).parent / "startup"
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version(DISTRIBUTION))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """DenseMixer in training frameworks."""
 
 
 @app.command()
@@ -243,19 +259,14 @@ def _remove_hook() -> str:
     return f"Nothing to remove: there is no {site_hook.path()}. What pip installed, `pip uninstall` removes."
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def run(context: typer.Context) -> None:
+@app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(command: Annotated[list[str], typer.Argument(metavar="[--] COMMAND [ARGUMENTS]...")]) -> None:
     """Run COMMAND with DenseMixer for each model that transformers loads in it or in its child processes.
-
-    Usage: densemixer run -- COMMAND [ARGUMENTS]...
 
     It sets DENSEMIXER_ENABLED=1, unless that variable is set already, and has the hooks live also where an install's
     .pth files don't run. With DENSEMIXER_ENABLED=0 only a framework's own switch switches DenseMixer on. The exit
     status is COMMAND's, 127 if there is no such command, or 126 if it can't be run.
     """
-    command = context.args
-    if not command:
-        raise typer.BadParameter("give a command, e.g. densemixer run -- python train.py")
     if _boot.is_switched_off():
         raise typer.BadParameter(f"{_boot.SWITCH}={os.environ[_boot.SWITCH]} switches the hooks off; unset it")
     program = shutil.which(command[0])

@@ -37,7 +37,7 @@ from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.transformers import UnsupportedModelError, has_experts
 from densemixer_adapters.transformers import attach as attach_densemixer
 from densemixer_core import DenseMixerConfig
-from densemixer_core.config import ENVIRONMENT_PREFIX, read_flag
+from densemixer_core.config import ENVIRONMENT_PREFIX, did_you_mean, read_flag
 
 MODELS = "DENSEMIXER_MODELS"
 LOG_LEVEL = "DENSEMIXER_LOG_LEVEL"
@@ -87,8 +87,10 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         return Settings(False, None, frozenset(), DenseMixerConfig(), None)
     config = DenseMixerConfig.from_environment(environ)
     named = {name.strip() for name in environ.get(MODELS, "").split(",")} - {""}
-    if unknown := named - known_model_types():
-        raise ValueError(f"environment variable {MODELS}: {', '.join(sorted(unknown))}: no such model type")
+    known = known_model_types()
+    if unknown := sorted(named - known):
+        hints = "".join(did_you_mean(name, known) for name in unknown)
+        raise ValueError(f"environment variable {MODELS}: {', '.join(unknown)}: no such model type{hints}")
     level = environ.get(LOG_LEVEL, "").upper() or None
     if level not in (None, *LEVELS):
         raise ValueError(f"environment variable {LOG_LEVEL}={environ[LOG_LEVEL]!r}: must be one of {', '.join(LEVELS)}")

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import NORM
-from densemixer_adapters.metrics import RouterMeter, named
+from densemixer_adapters.metrics import RouterMeter, named, sum_over_ranks
 from densemixer_adapters.probe import Probe
 from densemixer_adapters.rounding import LostUpdates
+
+logger = logging.getLogger("densemixer")
+
+
+class UnmeasuredError(RuntimeError):
+    """Measuring failed, on this rank or on another. All ranks raise it alike, so none waits for the others in vain."""
+
+
+def warn_unmeasured(error: Exception) -> None:
+    """Log that measuring ends, which doesn't stop training."""
+    reason = str(error) if isinstance(error, UnmeasuredError) else f"{type(error).__name__}: {error}"
+    logger.warning(
+        "DenseMixer: no router metrics from here on, since measuring them failed (%s). Training goes on.", reason
+    )
 
 
 class RouterMetrics:
@@ -28,6 +44,7 @@ class RouterMetrics:
         self._probe = Probe(layers, model)
         self._lost = LostUpdates(layers)
         self._scale: float | None = 1.0
+        self._failure: Exception | None = None  # since `measure`, on this rank
 
     def start_step(self) -> None:
         """Forget the gradients of the step before. Not needed where each step is measured."""
@@ -42,7 +59,8 @@ class RouterMetrics:
         """
         self._scale = scale
         if optimizer is not None:
-            self._lost.before_step(optimizer)
+            with self._later():
+                self._lost.before_step(optimizer)
 
     def after_update(self, skipped: bool = False) -> None:
         """Call it right after the optimizer's step.
@@ -50,14 +68,30 @@ class RouterMetrics:
         Args:
             skipped: Whether a gradient scaler has left the step out.
         """
-        self._lost.after_step(skipped)
+        with self._later():
+            self._lost.after_step(skipped)
+
+    @contextlib.contextmanager
+    def _later(self) -> Iterator[None]:
+        """What fails on one rank alone is told to the others in `measure`, where all come together."""
+        try:
+            yield
+        except Exception as error:
+            self._failure = error
 
     def measure(self) -> dict[str, float]:
         """The metrics as logs have them, see `named`. Collective: all ranks call it, for a forward without gradients.
 
         Gradients and lost updates are those of the last step, with a norm of 0 where all routers are frozen. The load
         is that since this was last called, and the routing is compared with that at the start.
+
+        Raises:
+            UnmeasuredError: Something couldn't be measured since this was last called.
         """
+        ((failures,),) = sum_over_ranks([[float(self._failure is not None)]])
+        if failures:
+            error, self._failure = self._failure, None
+            raise UnmeasuredError("on another rank" if error is None else f"{type(error).__name__}: {error}") from error
         gradients = self._meter.gradients(1.0 if self._scale is None else self._scale)
         if self._scale is None:
             gradients.pop(NORM, None)

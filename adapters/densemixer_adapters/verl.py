@@ -32,7 +32,7 @@ from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
 from densemixer_adapters.metrics import RouterMeter
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
 from densemixer_adapters.switch import quotes
 from densemixer_adapters.transformers import DenseMixerLayer, attach, attached_handle
 from densemixer_core import DenseMixerConfig
@@ -78,7 +78,12 @@ class UpdateMetrics:
         self._metrics.before_update(engine.optimizer, scale)
         norm = step(engine)
         self._metrics.after_update(skipped=not math.isfinite(norm))
-        self.measured = self._metrics.measure()
+        try:
+            self.measured = self._metrics.measure()
+        except UnmeasuredError as error:
+            self._metrics.remove()
+            self._metrics, self.measured = None, {}
+            warn_unmeasured(error)
         return norm
 
 

@@ -259,7 +259,10 @@ WRONG = {
     "DENSEMIXER_QWEN3": ("no way", "environment variable DENSEMIXER_QWEN3='no way': must be 1 or 0"),
     "DENSEMIXER_BUDGET": ("2", "environment variable DENSEMIXER_BUDGET='2': budget must be above 0"),
     "DENSEMIXER_LOG_LEVEL": ("loud", "environment variable DENSEMIXER_LOG_LEVEL='loud': must be one of"),
-    "DENSEMIXER_MODELS": ("qwen-3", "environment variable DENSEMIXER_MODELS: qwen-3: no such model type"),
+    "DENSEMIXER_MODELS": (
+        "qwen-3",
+        "environment variable DENSEMIXER_MODELS: qwen-3: no such model type; did you mean 'qwen3'?",
+    ),
 }
 
 
@@ -282,6 +285,12 @@ def test_a_wrong_environment_is_a_problem_of_the_report(full: Environment) -> No
     status, checks = report(full, DENSEMIXER_ESTIMATER="centered")
     assert status == 1
     assert WRONG["DENSEMIXER_ESTIMATER"][1] in checks["environment"]["detail"]
+
+
+def test_version(full: Environment) -> None:
+    done = full.run(full.python, "-m", "densemixer_adapters", "--version")
+    wanted = full.run(full.python, "-c", "import importlib.metadata as m; print(m.version('densemixer-adapters'))")
+    assert (done.returncode, done.stdout) == (0, wanted.stdout), done.stderr
 
 
 def test_values_cannot_be_checked_without_torch(bare: Environment, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def test_from_dict() -> None:
             ValueError,
             "estimator must be one of conventional, densemixer, centered; got 'dense'",
         ),
+        ({"estimator": "centred"}, ValueError, "got 'centred'; did you mean 'centered'?"),
         ({"estimator": 1}, TypeError, "estimator must be a string"),
         ({"workspace_mb": 0}, ValueError, "workspace_mb must be at least 1"),
         ({"workspace_mb": 10**400}, ValueError, "workspace_mb must be at least 1 (MiB) and at most"),

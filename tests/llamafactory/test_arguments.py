@@ -148,7 +148,7 @@ def test_options_reach_the_layers(arguments: dict[str, Any], messages: list[str]
     assert attached_layers(model) == {"model.layers.1.mlp"}
     (line,) = [text for text in messages if "DenseMixer is attached to" in text]
     assert line.startswith(
-        "DenseMixer is attached to 1 layers of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, layers (-1,), "
+        "DenseMixer is attached to 1 layer of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, layers (-1,), "
     )
 
 

@@ -24,7 +24,7 @@ from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config, z
 
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError
 from densemixer_adapters.transformers import DenseMixerHandle, apply_densemixer
 
 RATE = 0.5
@@ -106,7 +106,24 @@ def zero_with_trainer() -> Metrics:
     ]
 
 
-SETTINGS: dict[str, Callable[[], Metrics]] = {
+def one_rank_fails() -> str:
+    """What the first rank is told when the other one can't measure. Both must go on."""
+    model = build()
+    metrics = RouterMetrics(apply_densemixer(model).layers, model)
+    wrapped = DistributedDataParallel(model)
+    backward(wrapped)
+    metrics.before_update(torch.optim.SGD(model.parameters(), lr=RATE) if dist.get_rank() == 0 else object())
+    metrics.after_update()
+    try:
+        metrics.measure()
+    except UnmeasuredError as error:
+        metrics.remove()
+        backward(wrapped)
+        return str(error)
+    return "nothing"
+
+
+SETTINGS: dict[str, Callable[[], Metrics | str]] = {
     "alone": alone,
     "DDP": ddp,
     "FSDP1": fsdp1,
@@ -117,6 +134,7 @@ SETTINGS: dict[str, Callable[[], Metrics]] = {
     "ZeRO-3": zero,
     "ZeRO-3, checkpointing reentrant": functools.partial(zero, "reentrant"),
     "ZeRO-3, Trainer": zero_with_trainer,
+    "one rank fails": one_rank_fails,
 }
 
 

@@ -56,3 +56,7 @@ def test_like_one_process(report: dict[str, Any], setting: str) -> None:
             assert metrics[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), (step, name)
     assert alone[1]["densemixer/routing_change"] > 0.01
     assert 0 < alone[0]["densemixer/router_grad_share_unselected"] < 1
+
+
+def test_a_rank_that_can_not_measure_stops_no_other(report: dict[str, Any]) -> None:
+    assert report["one rank fails"] == "on another rank"

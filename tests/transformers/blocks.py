@@ -67,3 +67,16 @@ def block_truth(
     dense = copy.deepcopy(block)
     dense.forward = family.oracle_forward(selected(block, x), estimator, after).__get__(dense)
     return block_gradients(dense.double(), x.double(), g.double())
+
+
+def replica(module: nn.Module) -> nn.Module:
+    """What DataParallel makes of a module for one of its devices in each step (its own function needs several)."""
+    replicated = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replicated, name, replica(child))
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replicated._parameters[name] = None
+        else:
+            setattr(replicated, name, parameter.view_as(parameter))
+    return replicated

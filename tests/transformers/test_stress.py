@@ -14,7 +14,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from blocks import collected
+from blocks import collected, replica
 from failures import FAILURES, failing
 from families import FAMILIES, Family, tokens
 from hypothesis import HealthCheck, Phase, settings
@@ -37,19 +37,6 @@ def hasty() -> Iterator[None]:
     sys.setswitchinterval(1e-5)
     yield
     sys.setswitchinterval(interval)
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """What DataParallel makes of a module for one of its devices in each step (its own function needs several)."""
-    replicated = module._replicate_for_data_parallel()
-    for name, child in module.named_children():
-        setattr(replicated, name, replica(child))
-    for name, parameter in module._parameters.items():
-        if parameter is None:
-            replicated._parameters[name] = None
-        else:
-            setattr(replicated, name, parameter.view_as(parameter))
-    return replicated
 
 
 @pytest.mark.usefixtures("hasty")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import replica
 from families import FAMILIES
 from families import tokens as ids
 from runs import gradients as model_gradients
@@ -79,16 +80,6 @@ def test_two_threads_that_train(folder: str, estimator: str, watched: bool) -> N
     for thread, steps in enumerate(found, 1):
         for step, ours in enumerate(steps):
             assert_close(ours, layer.truth(*tokens(24, seed=10 * thread + step), estimator))
-
-
-def replica(module: nn.Module) -> nn.Module:
-    """What DataParallel makes of a module for one of its devices (its own function needs several)."""
-    copy = module._replicate_for_data_parallel()
-    for name, child in module.named_children():
-        setattr(copy, name, replica(child))
-    for name, parameter in module._parameters.items():
-        setattr(copy, name, None if parameter is None else parameter.view_as(parameter))
-    return copy
 
 
 @pytest.mark.parametrize("estimator", ["densemixer", "centered"])
