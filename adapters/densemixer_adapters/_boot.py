@@ -29,6 +29,7 @@ PATCHES = {
     "megatron.core.transformer.moe.moe_layer": "densemixer_adapters.megatron:patch_moe_layer",
     "megatron.core.transformer.transformer_config": "densemixer_adapters.megatron:patch_transformer_config",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
+    "verl.utils.config": "densemixer_adapters.verl:patch_config",
     "verl.workers.config.model": "densemixer_adapters.verl:patch_model_config",
     "verl.workers.engine.base": "densemixer_adapters.verl:patch_engine_registry",
     "verl.workers.engine.fsdp.transformer_impl": "densemixer_adapters.verl:patch_fsdp_engine",

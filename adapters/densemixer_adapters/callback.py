@@ -7,7 +7,6 @@ source isn't touched, the option ``metrics`` has `patch_trainer` add it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from densemixer_adapters.metric_names import PREFIX
 from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
+from densemixer_adapters.switch import is_wrapped, wrap
 from densemixer_adapters.transformers import attached_layers
 from densemixer_adapters.verdict import judge
 
@@ -70,7 +70,7 @@ class DenseMixerCallback(TrainerCallback):  # type: ignore[misc]  # skipped
         self._metrics = RouterMetrics(layers, model)
         self._curves, self._first_step, self._last_step = {}, state.global_step, -1
         self._original_log = Trainer.log
-        Trainer.log = _with_metrics(Trainer.log)
+        _add_metrics_to_log()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -187,12 +187,11 @@ def patch_trainer(module: Any) -> None:
     Args:
         module: ``transformers.trainer``.
     """
-    original = module.Trainer.train
-    if hasattr(original, "densemixer"):
+    if is_wrapped(module.Trainer.train):
         return
 
-    @functools.wraps(original)
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module.Trainer, "train")
+    def train(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         callbacks = self.callback_handler.callbacks
         added = []
         wanted = any(layer.config.metrics for layer in attached_layers(self.model))
@@ -211,18 +210,13 @@ def patch_trainer(module: Any) -> None:
             for callback in added:
                 callbacks.remove(callback)
 
-    train.densemixer = True  # type: ignore[attr-defined]
-    module.Trainer.train = train
 
+def _add_metrics_to_log() -> None:
+    """Have ``Trainer.log`` add what is due. A callback can't do that: those before it have seen the log already."""
 
-def _with_metrics(original: Any) -> Any:
-    """``Trainer.log``, with what is due. A callback can't do that: those before it have seen the log already."""
-
-    @functools.wraps(original)
-    def log(self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    @wrap(Trainer, "log")
+    def log(original: Any, self: Any, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, DenseMixerCallback):
                 logs.update(callback.take())
         original(self, logs, *args, **kwargs)
-
-    return log

@@ -108,7 +108,7 @@ def cost(
     Reads the configuration alone. The formulas are in densemixer_adapters/inspection.py. The exit status is 1 if the
     model isn't supported, 2 if it can't be read.
     """
-    from densemixer_adapters.layer import UnsupportedModelError
+    from densemixer_adapters.errors import UnsupportedModelError
     from densemixer_core import DenseMixerConfig
 
     try:
@@ -153,7 +153,7 @@ def cost(
 @contextlib.contextmanager
 def _reading(checkpoint: str) -> Iterator[None]:
     """Ends with a line and status 2 where a configuration can't be used: it may be anything, and so may the error."""
-    from densemixer_adapters.layer import UnsupportedModelError
+    from densemixer_adapters.errors import UnsupportedModelError
 
     try:
         yield

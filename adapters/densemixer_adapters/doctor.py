@@ -162,10 +162,10 @@ def check_environment(environ: Mapping[str, str]) -> Iterator[Check]:
         yield Check(name, "ok", "no variable of DenseMixer is set")
         return
     try:
-        from densemixer_adapters.environment import read_settings, read_switch
+        from densemixer_adapters.environment import is_on, read_settings
 
-        enabled = read_switch(environ, _boot.ENABLED, False)
-        read_switch(environ, _boot.SWITCH, True)
+        enabled = is_on(environ, _boot.ENABLED, False)
+        is_on(environ, _boot.SWITCH, True)
         read_settings({**environ, _boot.ENABLED: "1"})
     except ImportError as error:
         yield Check(name, "note", f"{', '.join(ours)}: can't be checked ({error})")

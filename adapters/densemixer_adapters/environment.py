@@ -24,9 +24,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,6 +33,7 @@ from torch import nn
 from densemixer_adapters._boot import ENABLED
 from densemixer_adapters.announce import announce, describe, show_log
 from densemixer_adapters.deepspeed import mark_leaf_modules
+from densemixer_adapters.switch import wrap
 from densemixer_adapters.transformers import UnsupportedModelError, has_experts
 from densemixer_adapters.transformers import attach as attach_densemixer
 from densemixer_core import DenseMixerConfig
@@ -83,7 +83,7 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
         ValueError: A variable's value is wrong, or its name. The message names the variable.
     """
     environ = os.environ if environ is None else environ
-    if not read_switch(environ, ENABLED, False):
+    if not is_on(environ, ENABLED, False):
         return Settings(False, None, frozenset(), DenseMixerConfig(), None)
     config = DenseMixerConfig.from_environment(environ)
     named = {name.strip() for name in environ.get(MODELS, "").split(",")} - {""}
@@ -97,13 +97,13 @@ def read_settings(environ: Mapping[str, str] | None = None) -> Settings:
     return Settings(
         enabled=True,
         only=frozenset(named) if named else None,
-        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not read_switch(environ, name, True)),
+        never=frozenset(kind for name, kind in MODEL_SWITCHES.items() if not is_on(environ, name, True)),
         config=config,
         log_level=level,
     )
 
 
-def read_switch(environ: Mapping[str, str], name: str, default: bool) -> bool:
+def is_on(environ: Mapping[str, str], name: str, default: bool) -> bool:
     """Whether a variable is on; an empty one is off.
 
     Raises:
@@ -127,31 +127,30 @@ def known_model_types() -> set[str]:
 
 def patch_modeling_utils(module: Any) -> None:
     """Attach to each model that ``PreTrainedModel`` loads, as the last step of its loading."""
-    model_class = module.PreTrainedModel
     for name in ("from_pretrained", "_from_config"):
-        setattr(model_class, name, classmethod(_attaching(getattr(model_class, name).__func__)))
+        wrap(module.PreTrainedModel, name, classmethod)(_load_and_attach)
 
 
-def _attaching(load: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(load)
-    def load_and_attach(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if _loading.get():
-            return load(cls, *args, **kwargs)
-        settings = read_settings()  # a wrong value is an error before minutes of loading
-        if settings.enabled:
-            show_log(settings.log_level)
-        with left_alone():  # a part of the model may be loaded by itself
-            result = load(cls, *args, **kwargs)
-        attach(result[0] if isinstance(result, tuple) else result, settings)
-        return result
-
-    return load_and_attach
+def _load_and_attach(load: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
+    if _loading.get():
+        return load(cls, *args, **kwargs)
+    settings = read_settings()  # a wrong value is an error before minutes of loading
+    if settings.enabled:
+        show_log(settings.log_level)
+    with left_alone():  # a part of the model may be loaded by itself
+        result = load(cls, *args, **kwargs)
+    attach(result[0] if isinstance(result, tuple) else result, settings)
+    return result
 
 
 @contextlib.contextmanager
-def left_alone() -> Iterator[None]:
-    """Models that are loaded herein are not attached to: a framework's own switch says what becomes of them."""
-    token = _loading.set(True)
+def left_alone(wanted: bool = True) -> Iterator[None]:
+    """Models that are loaded herein are not attached to: a framework's own switch says what becomes of them.
+
+    Args:
+        wanted: Whether that switch is set at all; else the environment's counts.
+    """
+    token = _loading.set(wanted or _loading.get())
     try:
         yield
     finally:

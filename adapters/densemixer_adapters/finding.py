@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.host_experts import is_split, is_stacked, unwrap, weight_names
-from densemixer_adapters.layer import DenseMixerLayer, UnsupportedModelError
+from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.original import refuse_patched
 from densemixer_adapters.routers import is_refused, left_to_the_host, router_of
 from densemixer_adapters.weights import why_unreadable

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from densemixer_adapters import calls
 from densemixer_adapters.calls import Call
 from densemixer_adapters.checks import EVERY, OutputMismatchError, check_output, comparable, signature
+from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.host_experts import formula_of, layout_of, unwrap, weight_names
 from densemixer_adapters.routers import Router
 from densemixer_adapters.weights import read_weights
@@ -38,10 +39,6 @@ from densemixer_core.routing import are_probabilities
 
 if TYPE_CHECKING:
     from densemixer_adapters.transformers import DenseMixerHandle
-
-
-class UnsupportedModelError(ValueError):
-    """DenseMixer can't be attached to this model. The message names the module, the reason and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)

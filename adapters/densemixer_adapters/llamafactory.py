@@ -12,12 +12,10 @@ trained is touched: reference, reward, chat and export models are loaded with ``
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import logging
 import re
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -25,7 +23,7 @@ from torch import nn
 from densemixer_adapters.announce import describe
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.environment import left_alone
-from densemixer_adapters.switch import quotes
+from densemixer_adapters.switch import is_wrapped, quotes, read_options, wrap
 from densemixer_adapters.transformers import DenseMixerHandle, UnsupportedModelError, attach, attached_handle
 from densemixer_core import DenseMixerConfig
 
@@ -42,17 +40,21 @@ def patch_v1_model_args(module: Any) -> None:
 
 def patch_loader(module: Any) -> None:
     """Attach DenseMixer to the model that ``load_model`` loads for training."""
-    original = module.load_model
 
-    @functools.wraps(original)
+    @wrap(module, "load_model")
     def load_model(
-        tokenizer: Any, model_args: Any, finetuning_args: Any, is_trainable: bool = False, add_valuehead: bool = False
+        original: Any,
+        tokenizer: Any,
+        model_args: Any,
+        finetuning_args: Any,
+        is_trainable: bool = False,
+        add_valuehead: bool = False,
     ) -> Any:
         # The key is missing if its patch failed, which must not stop those who don't use it.
         use = getattr(finetuning_args, "use_densemixer", None)
         if is_trainable and use:
             _check_model_args(model_args)
-        with nullcontext() if use is None else left_alone():
+        with left_alone(use is not None):
             model = original(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
         if is_trainable and use:
             _attach(model, finetuning_args.densemixer, _logger())
@@ -60,28 +62,20 @@ def patch_loader(module: Any) -> None:
             _warn_of_frozen_routers(handle, _fix(handle, finetuning_args))
         return model
 
-    load_model.densemixer = True  # type: ignore[attr-defined]
-    module.load_model = load_model
-
 
 def patch_v1_model_engine(module: Any) -> None:
     """Attach DenseMixer to the model that the v1 engine loads for training."""
-    engine = module.ModelEngine
-    original = engine._init_model
 
-    @functools.wraps(original)
-    def _init_model(self: Any) -> Any:
+    @wrap(module.ModelEngine, "_init_model")
+    def _init_model(original: Any, self: Any) -> Any:
         use = getattr(self.args, "use_densemixer", None)
-        with nullcontext() if use is None else left_alone():
+        with left_alone(use is not None):
             model = original(self)
         if self.is_train and use:
             _attach(model, self.args.densemixer, _v1_logger())
         if self.is_train and self.args.peft_config and (handle := attached_handle(model)):
             _warn_of_frozen_routers(handle, _v1_fix(handle, self.args.peft_config))
         return model
-
-    _init_model.densemixer = True  # type: ignore[attr-defined]
-    engine._init_model = _init_model
 
 
 def _with_keys(arguments: type, check: Callable[[Any], None]) -> type:
@@ -133,10 +127,7 @@ def _parse_options(options: Any) -> dict[str, Any] | None:
             options = json.loads(options)
         except ValueError as error:
             raise ValueError(f"densemixer must be a mapping, or one as JSON, got {options!r} ({error})") from None
-    try:
-        DenseMixerConfig.from_dict(options)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"densemixer: {error}") from None
+    read_options("densemixer", options)
     return dict(options)
 
 
@@ -176,8 +167,7 @@ def _check_model_args(model_args: Any) -> None:
 
 
 def _check_hook(function: Any, name: str) -> None:
-    # `functools.wraps` of another patch on top of ours copies the mark.
-    if not hasattr(function, "densemixer"):
+    if not is_wrapped(function):
         raise RuntimeError(
             f"use_densemixer: {name} was not hooked, so DenseMixer would have no effect. `densemixer doctor` says "
             "which versions of LLaMA-Factory are supported."

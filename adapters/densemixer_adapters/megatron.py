@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters.layer import UnsupportedModelError
+from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.megatron_layer import MegatronLayer, attached_layer, warn_of_frozen_routers
 from densemixer_adapters.megatron_positions import PATTERNS, Selection
 from densemixer_adapters.megatron_refuse import refuse_config

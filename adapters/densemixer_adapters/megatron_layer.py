@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from densemixer_adapters.layer import UnsupportedModelError
+from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.megatron_positions import Selection
 from densemixer_adapters.megatron_refuse import refuse_router
 from densemixer_core import (

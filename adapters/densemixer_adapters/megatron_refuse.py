@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from densemixer_adapters.layer import UnsupportedModelError
+from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_core import DenseMixerConfig
 from densemixer_core.routing import SCORE_FUNCTIONS
 

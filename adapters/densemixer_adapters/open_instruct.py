@@ -12,7 +12,6 @@ each of its workers instead.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import logging
 import os
@@ -69,10 +68,10 @@ def setup_worker() -> None:
 
 def patch_ray(module: Any) -> None:
     """Have Ray call `setup_worker` in each worker of the job that ``ray.init`` starts."""
-    original = module.init
+    from densemixer_adapters.switch import wrap
 
-    @functools.wraps(original)
-    def init(*args: Any, **kwargs: Any) -> Any:
+    @wrap(module, "init")
+    def init(original: Any, *args: Any, **kwargs: Any) -> Any:
         environment = dict(kwargs.get("runtime_env") or {})
         if environment.setdefault(SETUP_HOOK, f"{__name__}.setup_worker") != f"{__name__}.setup_worker":
             logger.warning(
@@ -82,8 +81,6 @@ def patch_ray(module: Any) -> None:
                 __name__,
             )
         return original(*args, **{**kwargs, "runtime_env": environment})
-
-    module.init = init
 
 
 def _find(script: str) -> tuple[str | None, Path]:

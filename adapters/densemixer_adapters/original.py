@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from densemixer_adapters._boot import ENABLED
-from densemixer_adapters.layer import UnsupportedModelError
+from densemixer_adapters.errors import UnsupportedModelError
 
 PACKAGE = "densemixer"
 FIX = (

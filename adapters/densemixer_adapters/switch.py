@@ -1,8 +1,44 @@
-"""What the switches of different frameworks have in common."""
+"""What the doors to different frameworks have in common: how a switch is read, and how a host's method is wrapped."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from densemixer_core import DenseMixerConfig
 from densemixer_core.config import read_flag
+
+
+def read_switch(name: str, value: Any) -> DenseMixerConfig | None:
+    """The options that a switch gives which takes true, false or a mapping; None where it says no, or nothing.
+
+    Args:
+        name: What the user calls it.
+        value: What it is set to; None if it isn't.
+
+    Raises:
+        ValueError: The value or an option is wrong. The message names the switch.
+    """
+    if value is None or value is False:
+        return None
+    if value is True:
+        return DenseMixerConfig()
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be true, false or a mapping of options, got {value!r}{quotes(value)}")
+    return read_options(name, value)
+
+
+def read_options(name: str, options: Any) -> DenseMixerConfig:
+    """A mapping of options.
+
+    Raises:
+        ValueError: It is none, or an option is wrong. The message names what it was given by.
+    """
+    try:
+        return DenseMixerConfig.from_dict(options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def quotes(value: object) -> str:
@@ -12,3 +48,31 @@ def quotes(value: object) -> str:
     except ValueError:
         word = ""
     return f"; write {word}, without quotes" if word else ""
+
+
+def wrap(owner: Any, name: str, kind: Callable[[Any], Any] = lambda function: function) -> Callable[[Any], Any]:
+    """A decorator that puts a function in the place of a host's, which it is given as its first argument.
+
+    Args:
+        owner: The module or class that the host's function belongs to.
+        name: The function's name there.
+        kind: `staticmethod` or `classmethod` for such a method of a class.
+    """
+    original = getattr(owner, name)
+    original = getattr(original, "__func__", original)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return function(original, *args, **kwargs)
+
+        wrapped.densemixer = True  # type: ignore[attr-defined]
+        setattr(owner, name, kind(wrapped))
+        return wrapped
+
+    return decorate
+
+
+def is_wrapped(function: Any) -> bool:
+    """Whether `wrap` has wrapped it, be it that others have wrapped it since: `functools.wraps` copies the mark."""
+    return hasattr(function, "densemixer")

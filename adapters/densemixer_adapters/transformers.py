@@ -24,8 +24,9 @@ from densemixer_adapters.announce import (
     describe,
     warn,
 )
+from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.finding import ROUTER_NAMES, find_blocks, find_layers
-from densemixer_adapters.layer import DenseMixerLayer, UnsupportedModelError
+from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
 
 __all__ = [

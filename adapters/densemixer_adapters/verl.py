@@ -20,8 +20,7 @@ from __future__ import annotations
 import difflib
 import functools
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,7 +32,7 @@ from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
 from densemixer_adapters.metrics import RouterMeter
 from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
-from densemixer_adapters.switch import quotes
+from densemixer_adapters.switch import read_switch, wrap
 from densemixer_adapters.transformers import DenseMixerLayer, attach, attached_handle
 from densemixer_core import DenseMixerConfig
 
@@ -96,17 +95,33 @@ def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
     for key in (key for place in _places(override_config) for key in place):
         if key != KEY and _looks_like_our_key(key):
             raise ValueError(f"override_config.{key}: no such key; did you mean {SWITCH}?")
-    value = _value(override_config)
-    if value is None or value is False:
-        return None
-    if value is True:
-        return DenseMixerConfig()
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{SWITCH} must be true, false or a mapping of options, got {value!r}{quotes(value)}")
-    try:
-        return DenseMixerConfig.from_dict(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{SWITCH}: {error}") from None
+    return read_switch(SWITCH, _value(override_config))
+
+
+def patch_config(module: Any) -> None:
+    """Refuse our key where nobody would read it, before anything is started. PPO and GRPO check their options here."""
+
+    @wrap(module, "validate_config")
+    def validate_config(original: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
+        from omegaconf import OmegaConf
+
+        for path in _misplaced(OmegaConf.to_container(config)):
+            raise ValueError(
+                f"{path}: nobody reads it there. DenseMixer's key is +actor_rollout_ref.model.{SWITCH} for the actor "
+                f"and +critic.model.{SWITCH} for the critic."
+            )
+        return original(config, *args, **kwargs)
+
+
+def _misplaced(options: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """The paths of what looks like our key, or Megatron Core's field, somewhere else than these belong."""
+    for key, value in options.items() if isinstance(options, Mapping) else ():
+        here = (*path, str(key))
+        if key == MEGATRON_FLAG and path and path[-1] == "override_transformer_config":
+            continue
+        if _looks_like_our_key(key) and "override_config" not in path[-2:]:
+            yield ".".join(here)
+        yield from _misplaced(value, here)
 
 
 def patch_metric_utils(module: Any) -> None:
@@ -169,7 +184,7 @@ def patch_fsdp_engine(module: Any) -> None:
     @functools.wraps(build)
     def _build_module(self: Any) -> Any:
         ours = _value(_override_config(self.model_config)) is not None
-        with left_alone() if ours else nullcontext():
+        with left_alone(ours):
             model = build(self)
         # A reference policy is built from the actor's configuration, but only ever runs forward.
         options = None if self.engine_config.forward_only else _options(self.model_config)

@@ -1,4 +1,4 @@
-"""The switch in ``override_config``, without verl."""
+"""The switch in ``override_config``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError
+from verl.utils.config import validate_config
 
 from densemixer_adapters.verl import patch_model_config, read_options
 from densemixer_core import DenseMixerConfig
@@ -47,6 +50,39 @@ def test_on(value: Any, options: DenseMixerConfig, nested: bool) -> None:
 def test_what_is_wrong_is_named(override: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_options(override)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "densemixer",
+        "actor_rollout_ref.densemixer",
+        "actor_rollout_ref.actor.use_densemixer",
+        "actor_rollout_ref.model.densemixer",
+        "critic.dense_mixer",
+        "actor_rollout_ref.actor.megatron.moe_densemixer",
+    ],
+)
+def test_refused_where_nobody_reads_it(path: str) -> None:
+    config = OmegaConf.create()
+    OmegaConf.update(config, path, True, force_add=True)
+    with pytest.raises(ValueError, match=rf"^{path}: nobody reads it there. DenseMixer's key is"):
+        validate_config(config=config, use_reference_policy=False, use_critic=False)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "actor_rollout_ref.model.override_config.densemixer",
+        "critic.model.override_config.model_config.densemixer",
+        "actor_rollout_ref.actor.megatron.override_transformer_config.moe_densemixer",
+    ],
+)
+def test_read_where_it_belongs(path: str) -> None:
+    config = OmegaConf.create()
+    OmegaConf.update(config, path, True, force_add=True)
+    with pytest.raises(ConfigAttributeError, match="trainer"):  # verl's own check begins
+        validate_config(config=config, use_reference_policy=False, use_critic=False)
 
 
 def test_other_keys_are_left_alone() -> None:
