@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,18 @@ from torch import Tensor, nn
 from densemixer_adapters.host_experts import stacked_within
 from densemixer_core import StackedExperts
 
-if TYPE_CHECKING:
-    from densemixer_adapters.layer import DenseMixerLayer
 
-Recorder = Callable[["DenseMixerLayer", Tensor, Tensor], None]
+class Layer(Protocol):
+    """What a call knows of its layer of DenseMixer."""
+
+    router_attribute: str
+
+    def after_experts(
+        self, call: Call, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any: ...
+
+
+Recorder = Callable[[Any, Tensor, Tensor], None]
 """Called with the layer, its router's output, [tokens, experts], and the selected experts, [tokens, k]."""
 
 
@@ -48,7 +56,7 @@ class Call:
         done: Whether the experts have run.
     """
 
-    def __init__(self, layer: DenseMixerLayer, block: nn.Module, trains: bool, outer: Call | None) -> None:
+    def __init__(self, layer: Layer, block: nn.Module, trains: bool, outer: Call | None) -> None:
         self.layer = layer
         self.block = block
         self.trains = trains

@@ -12,7 +12,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +36,6 @@ from densemixer_core import (
     straight_through,
 )
 from densemixer_core.routing import are_probabilities
-
-if TYPE_CHECKING:
-    from densemixer_adapters.transformers import DenseMixerHandle
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +65,18 @@ DenseMixer alone: the gradient that comes back there is the one that DenseMixer 
 _lock = threading.Lock()
 
 
+class Attachment(Protocol):
+    """Who has attached a layer, and is told what the user should know."""
+
+    def warn_of_frozen_routers(self) -> None: ...
+
+    def warn_of_unread_metrics(self) -> None: ...
+
+    def warn_of_overflow(self, name: str, count: Tensor) -> None: ...
+
+    def warn_of_changed_experts(self, name: str) -> None: ...
+
+
 class DenseMixerLayer:
     """One Mixture-of-Experts layer. Its block owns it, by its hooks: a copied block has a layer of its own.
 
@@ -88,7 +97,7 @@ class DenseMixerLayer:
         self.router_attribute = router_attribute
         self.router_name = f"{name}.{router_attribute}" if name else router_attribute
         self.config = config
-        self.handle: DenseMixerHandle | None = None
+        self.handle: Attachment | None = None
         self.observer: Observer | None = None
         self._spec = spec
         self._block: weakref.ref[nn.Module] | None = weakref.ref(block)
@@ -164,7 +173,7 @@ class DenseMixerLayer:
         block = None if self._block is None else self._block()
         return block is not None and _is_frozen(getattr(block, self.router_attribute))
 
-    def attach(self, handle: DenseMixerHandle) -> None:
+    def attach(self, handle: Attachment) -> None:
         self.handle = handle
         block = self.block
         block.register_forward_pre_hook(self._before_block)

@@ -133,21 +133,26 @@ def _make_way(model: nn.Module, layers: list[DenseMixerLayer]) -> None:
     handles = []
     for layer in layers:
         attached = _attached_layer(layer.block)
-        if attached is None or attached.handle is None:
+        handle = None if attached is None else _handle_of(attached)
+        if handle is None:
             continue
-        if not attached.handle.gives_way:
+        if not handle.gives_way:
             raise RuntimeError(
                 f"{layer.name} ({type(layer.block).__name__}): DenseMixer is attached already; call .remove() on its "
                 "handle first."
             )
-        handles.append(attached.handle)
+        handles.append(handle)
     for handle in handles:
         handle.remove()
 
 
 def attached_handle(model: nn.Module) -> DenseMixerHandle | None:
     """What `apply_densemixer` returned for a model, while it is attached."""
-    return next((layer.handle for layer in attached_layers(model)), None)
+    return next((_handle_of(layer) for layer in attached_layers(model)), None)
+
+
+def _handle_of(layer: DenseMixerLayer) -> DenseMixerHandle | None:
+    return layer.handle if isinstance(layer.handle, DenseMixerHandle) else None
 
 
 class DenseMixerHandle:
@@ -211,7 +216,8 @@ class DenseMixerHandle:
             layer.remove()
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
-            if layer.handle is not None and layer.handle._origin == self._origin:
+            handle = _handle_of(layer)
+            if handle is not None and handle._origin == self._origin:
                 layer.remove()
 
     def __enter__(self) -> DenseMixerHandle:
