@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import html
 import io
 import itertools
 import json
@@ -18,6 +17,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from densemixer_adapters.metric_names import (
     CHANGE,
@@ -278,16 +279,13 @@ def write(series: list[Series], folder: Path) -> list[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    sections = []
-    for one in series:
-        picture = _draw(one)
+    pictures = [_draw(one) for one in series]
+    for one, picture in zip(series, pictures, strict=True):
         name = f"densemixer-{file_name(one.name)}" if one.name else "densemixer"
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         path = next(path for name in names if (path := folder / f"{name}.png") not in written)
         written.append(_replace(path, picture))
-        sections.append(_section(one, picture))
-    page = _PAGE.format(sections="\n".join(sections))
-    return [*written, _replace(folder / "densemixer.html", page.encode())]
+    return [*written, _replace(folder / "densemixer.html", _page(series, pictures).encode())]
 
 
 def _replace(path: Path, content: bytes) -> Path:
@@ -319,39 +317,18 @@ def _draw(series: Series) -> bytes:
     return file.getvalue()
 
 
-def _section(series: Series, picture: bytes) -> str:
-    rows = "".join(
-        f"<tr><td>{html.escape(TITLES[metric])}</td><td>{points[0][1]:.4g}</td><td>{points[-1][1]:.4g}</td></tr>"
-        for metric, points in series.curves.items()
-    )
-    verdict = series.verdict
-    kind = {True: "works", False: "idle", None: "unknown"}[verdict.works]
-    return (
-        f"<h2>{html.escape(series.name or 'Routers')}</h2>\n"
-        f'<p class="{kind}">{html.escape(verdict.text)}</p>\n'
-        f'<img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}">\n'
-        f"<table><tr><th></th><th>first</th><th>last</th></tr>{rows}</table>\n"
-        f"<p>Black: over all layers; blue: each layer. From {html.escape(printable(series.source))}.</p>"
-    )
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>DenseMixer: router metrics</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; }}
-img {{ max-width: 100%; }}
-td, th {{ padding: 0.1em 1em 0.1em 0; text-align: left; }}
-.works, .idle, .unknown {{ font-weight: bold; }}
-.works {{ color: #176117; }}
-.idle {{ color: #a11; }}
-</style>
-</head>
-<body>
-<h1>DenseMixer: router metrics</h1>
-{sections}
-</body>
-</html>
-"""
+def _page(series: list[Series], pictures: list[bytes]) -> str:
+    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
+    sections = [
+        {
+            "name": one.name or "Routers",
+            "kind": {True: "works", False: "idle", None: "unknown"}[one.verdict.works],
+            "verdict": one.verdict.text,
+            "picture": base64.b64encode(picture).decode(),
+            "rows": [(TITLES[metric], points[0][1], points[-1][1]) for metric, points in one.curves.items()],
+            "source": printable(one.source),
+        }
+        for one, picture in zip(series, pictures, strict=True)
+    ]
+    page: str = pages.get_template("report.html").render(sections=sections)
+    return page
