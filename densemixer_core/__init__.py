@@ -7,6 +7,7 @@ receive a straight-through gradient. Read the modules in this order:
 - ``routing``: the router's scores, and the factor between a score and the weight that the layer uses.
 - ``estimators``: what gradient an unselected expert's score receives.
 - ``sampling``: which pairs of a token and an expert are evaluated when the budget is below 1.
+- ``control``: what is known of the pairs that are not evaluated.
 - ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output.
 - ``straight_through``: the identity function that ties these to autograd.
 
@@ -16,6 +17,7 @@ activations it knows.
 
 from densemixer_core.activations import Activation, recognise
 from densemixer_core.config import DenseMixerConfig
+from densemixer_core.control import Known
 from densemixer_core.experts import (
     Derivation,
     ExpertLayout,
@@ -36,6 +38,7 @@ __all__ = [
     "ExpertDots",
     "ExpertLayout",
     "ExpertWeights",
+    "Known",
     "Listener",
     "RoutingMismatchError",
     "StackedExperts",

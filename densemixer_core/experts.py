@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from densemixer_core import fused
 from densemixer_core.activations import Activation
+from densemixer_core.control import Known, fit
 from densemixer_core.sampling import Pairs, draw_pairs, typical_size
 
 
@@ -135,68 +136,70 @@ def expert_dots(
 def sampled_dots(
     x: Tensor,
     g: Tensor,
-    sensitivity: Tensor,
+    known: Known,
     count: int,
     seed: int,
     experts: StackedExperts,
     dtype: torch.dtype | None = None,
     workspace_bytes: int = 1 << 28,
-) -> tuple[Tensor, Tensor]:
-    """⟨g_t, E_j(x_t)⟩ for ``count`` pairs of a token and an expert, and the factors that make up for the others.
+) -> Tensor:
+    """An estimate of ⟨g_t, E_j(x_t)⟩ for every token t and expert j that evaluates ``count`` of the pairs.
 
     The rows of a pair are gathered, and all pairs go through one grouped matrix product for each projection. A few of
-    the pairs are a pilot: they tell how large the inner products of each expert are. Experts without weights cost
-    nothing, so all their pairs are evaluated, on top of ``count``.
+    the pairs are a pilot: they tell how large the inner products of each expert are, and how much of them is known
+    beforehand, see `control`. Experts without weights cost nothing, so all their pairs are exact, on top of ``count``.
 
     Args:
         x, g, experts, dtype: As in `expert_dots`.
-        sensitivity: How much the inner product of each pair matters, [tokens, experts]; pairs with zero are left out.
+        known: What is known of the pairs.
         count: How many pairs are evaluated.
         seed: Chooses the draw, see `sampling.draw_pairs`.
         workspace_bytes: Upper bound on the temporaries; the pairs are split to stay below it. A copy of the weights in
             another dtype comes on top.
 
     Returns:
-        Inner products and factors, both [tokens, experts] and float32 or float64. Their product is on average
-        `expert_dots`; both are zero where a pair wasn't drawn.
+        [tokens, experts], float32 or float64; on average over draws `expert_dots`, where the sensitivity isn't zero.
     """
     weights, layout = _oriented(experts), experts.layout
     dtype = dtype or weights.up.dtype
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
     tokens, stacked = x.shape[0], weights.down.shape[0]
     dots = _all_dots(x, g, stacked, layout)
-    factors = torch.ones_like(dots)
-    factors[:stacked] = 0
     if count == 0:
-        return dots.t(), factors.t()
+        return dots.t()
     up, down = weights.up.to(dtype), weights.down.to(dtype)
     biases = [None if bias is None else bias.to(dtype) for bias in weights[2:4]]
     rows = max(1, workspace_bytes // (_temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
 
-    def evaluate(pairs: Pairs) -> Iterator[Tensor]:
-        start = 0
+    def evaluate(pairs: Pairs) -> Tensor:
+        start, parts = 0, []
         for place in torch.split(pairs.place, rows):
             expert, token = place // tokens, place % tokens
             up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
             grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
-            yield _dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
+            part = _dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
+            parts.append(part if weights.scale is None else part * weights.scale[expert].to(part.dtype))
             start += len(place)
+        return torch.cat(parts)
 
     norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)
-    importance = sensitivity[:, :stacked] * norm.unsqueeze(1)
+    along = known.along.squeeze(1).to(dots.dtype)
+    importance = known.sensitivity[:, :stacked] * norm.unsqueeze(1)
     if pilots := count // PAIRS_PER_PILOT:
         pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, seed)
+        token = pairs.place % tokens
         # Without numbers where there is no gradient, or in float16 beyond its range.
-        size = (torch.cat(list(evaluate(pairs))) / norm[pairs.place % tokens]).nan_to_num(0.0, 0.0, 0.0)
-        importance = importance * typical_size(size, pairs, tokens).to(importance.dtype)
+        size, part = ((of / norm[token]).nan_to_num(0.0, 0.0, 0.0) for of in (evaluate(pairs), along[token]))
+        coefficient, rest = fit(size, part, pairs, tokens)
+        dots[:stacked] = torch.outer(coefficient, along)
+        importance = importance * typical_size(rest, pairs, tokens).to(importance.dtype)
     pairs = draw_pairs(importance, count - pilots, seed + 1)
-    drawn = pairs.factor > 0
-    dots.view(-1).index_add_(0, pairs.place, torch.where(drawn, torch.cat(list(evaluate(pairs))), 0))
-    factors.view(-1).index_add_(0, pairs.place, pairs.factor.to(factors.dtype))
-    return _scaled(dots, weights.scale).t(), factors.t()
+    rest = (evaluate(pairs) - dots.view(-1)[pairs.place]) * pairs.factor.to(dots.dtype)
+    dots.view(-1).index_add_(0, pairs.place, torch.where(pairs.factor > 0, rest, 0))
+    return dots.t()
 
 
-PAIRS_PER_PILOT = 32
+PAIRS_PER_PILOT = 16
 """Of so many pairs one is spent on the pilot."""
 
 _CACHED_ROWS = 1024
