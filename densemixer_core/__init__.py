@@ -15,7 +15,7 @@ On a GPU, ``fused`` decides whether ``triton_kernel`` does what ``experts`` does
 activations it knows.
 """
 
-from densemixer_core.activations import Activation, recognise
+from densemixer_core.kernel.activations import Activation, recognise
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.control import Known
 from densemixer_core.experts import (

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from densemixer_core import fused
-from densemixer_core.activations import Activation
+from densemixer_core.kernel import fused
+from densemixer_core.kernel.activations import Activation
 from densemixer_core.control import Known, fit
 from densemixer_core.sampling import Pairs, draw_pairs, typical_size
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from densemixer_core.activations import Activation
+from densemixer_core.kernel.activations import Activation
 
 if TYPE_CHECKING:
     from densemixer_core.experts import StackedExperts
@@ -105,7 +105,7 @@ def _fused(
 ) -> Tensor:
     """[experts, tokens] of the stacked experts without their output's bias and scale. torch.compile looks no deeper."""
     from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots
-    from densemixer_core.triton_kernel import launch
+    from densemixer_core.kernel.triton_kernel import launch
 
     activation = Activation(function, gate, alpha, limit, offset)
     products = StackedExperts(ExpertWeights(up, down, up_bias), ExpertLayout(activation, transposed))
