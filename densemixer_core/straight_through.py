@@ -22,16 +22,10 @@ from torch.autograd import forward_ad
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.control import Known
 from densemixer_core.estimators import extra_score_gradient
-from densemixer_core.experts import (
-    ExpertLayout,
-    ExpertWeights,
-    StackedExperts,
-    compute_dtype,
-    expert_dots,
-    sampled_dots,
-)
+from densemixer_core.experts import expert_dots, sampled_dots
 from densemixer_core.routing import score_sensitivity, selection
 from densemixer_core.sampling import share_of_pairs
+from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 
 ExpertDots = Callable[[Tensor, Tensor, Known | None], Tensor]
 """From x and g, [tokens, hidden] each, and None, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts]. For a

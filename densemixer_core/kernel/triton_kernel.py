@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from densemixer_core.kernel import INTERPRETED
 from densemixer_core.kernel.activations import Activation
-from densemixer_core.kernel.fused import INTERPRETED
 
 
 def _configs() -> list[Any]:
