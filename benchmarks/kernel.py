@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from densemixer_core import Activation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots
-from densemixer_core.kernel.fused import INTERPRETED
+from densemixer_core.kernel import INTERPRETED
 
 SILU = Activation("silu", "concatenated")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
