@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from densemixer_core import Activation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots
-from densemixer_core.fused import INTERPRETED
+from densemixer_core.kernel import INTERPRETED
 
 SILU = Activation("silu", "concatenated")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,7 +58,7 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
 
 
 def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
-    from densemixer_core.triton_kernel import launch
+    from densemixer_core.kernel.triton_kernel import launch
 
     dtype = DTYPES[options.dtype]
     generator = torch.Generator(device).manual_seed(0)

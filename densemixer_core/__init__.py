@@ -7,27 +7,21 @@ receive a straight-through gradient. Read the modules in this order:
 - ``routing``: the router's scores, and the factor between a score and the weight that the layer uses.
 - ``estimators``: what gradient an unselected expert's score receives.
 - ``sampling``: which pairs of a token and an expert are evaluated when the budget is below 1.
-- ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output.
+- ``control``: what is known of the pairs that are not evaluated.
+- ``weights``: the experts' weights, and how a layer computes with them.
+- ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output; ``products``: how.
 - ``straight_through``: the identity function that ties these to autograd.
 
-On a GPU, ``fused`` decides whether ``triton_kernel`` does what ``experts`` does, and ``activations`` says which
-activations it knows.
+On a GPU, the folder ``kernel`` does what ``products`` does.
 """
 
-from densemixer_core.activations import Activation, recognise
 from densemixer_core.config import DenseMixerConfig
-from densemixer_core.experts import (
-    Derivation,
-    ExpertLayout,
-    ExpertWeights,
-    StackedExperts,
-    compute_dtype,
-    expert_dots,
-    routed_output,
-    sampled_dots,
-)
+from densemixer_core.control import Known
+from densemixer_core.experts import expert_dots, routed_output, sampled_dots
+from densemixer_core.kernel.activations import Activation, recognise
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, selection
 from densemixer_core.straight_through import ExpertDots, Listener, straight_through
+from densemixer_core.weights import Derivation, ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 
 __all__ = [
     "Activation",
@@ -36,6 +30,7 @@ __all__ = [
     "ExpertDots",
     "ExpertLayout",
     "ExpertWeights",
+    "Known",
     "Listener",
     "RoutingMismatchError",
     "StackedExperts",

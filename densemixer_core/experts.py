@@ -10,92 +10,18 @@ its inner product with g cheap:
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from densemixer_core import fused
-from densemixer_core.activations import Activation
+from densemixer_core import products
+from densemixer_core.control import Known, fit
+from densemixer_core.kernel import fused
+from densemixer_core.products import affine, oriented, room_for_dots, row_dots, temporary_bytes
 from densemixer_core.sampling import Pairs, draw_pairs, typical_size
-
-
-class ExpertWeights(NamedTuple):
-    """The stacked weights of a layer's experts.
-
-    Shapes, where ``width`` is 2·ffn for gated experts and ffn for others:
-
-    - ``up``: [experts, width, hidden], or [experts, hidden, width] if the layout is transposed;
-    - ``down``: [experts, hidden, ffn], or [experts, ffn, hidden] if the layout is transposed;
-    - ``up_bias``: [experts, width]; ``down_bias``: [experts, hidden];
-    - ``scale``: a factor on each expert's output, [experts].
-    """
-
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
-    scale: Tensor | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertLayout:
-    """How a layer computes with its stacked weights.
-
-    Args:
-        activation: From the up projection's result to the down projection's input, [n, width] → [n, ffn]. Gating, and
-            whether gate and up halves are concatenated or interleaved, is its affair.
-        transposed: Whether the weights are stored [experts, in, out].
-        post_norm: A norm applied to each expert's output, [n, hidden] → [n, hidden], or None.
-        identities: How many experts without weights follow the stacked ones that return their input.
-        zeros: How many follow that return zero.
-        formula: What ``activation`` computes, where that is known: a fused kernel can't call it.
-    """
-
-    activation: Callable[[Tensor], Tensor]
-    transposed: bool = False
-    post_norm: Callable[[Tensor], Tensor] | None = None
-    identities: int = 0
-    zeros: int = 0
-    formula: Activation | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Derivation:
-    """How to compute weights again that exist only during the forward, such as dequantised ones.
-
-    Args:
-        sources: What they are computed from, in the same places, of any shape and dtype.
-        compute: From the sources to the weights. Called without gradient tracking.
-    """
-
-    sources: ExpertWeights
-    compute: Callable[[ExpertWeights], ExpertWeights]
-
-
-@dataclasses.dataclass(frozen=True)
-class StackedExperts:
-    """The experts of one layer: their weights and how to compute with them.
-
-    With a ``derivation``, its sources are kept from the forward to the backward instead of the weights, and the weights
-    are computed again in the backward.
-    """
-
-    weights: ExpertWeights
-    layout: ExpertLayout
-    derivation: Derivation | None = None
-
-
-def compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which the host multiplies by ``weight``: autocast's where it is on (it leaves float64 alone)."""
-    device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+from densemixer_core.weights import StackedExperts
 
 
 def expert_dots(
@@ -114,104 +40,80 @@ def expert_dots(
     Returns:
         [tokens, experts], float32 or float64.
     """
-    weights, layout = _oriented(experts), experts.layout
-    dtype = dtype or weights.up.dtype
+    dtype = dtype or experts.weights.up.dtype
     if fused.supported(x, experts, dtype):
         return fused.expert_dots(x, g, experts, dtype, workspace_bytes)
-    x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
-    stacked = weights.down.shape[0]
-    dots = _all_dots(x, g, stacked, layout)
-    rows = max(1, workspace_bytes // _temporary_bytes(weights, dtype))
-    if x.device.type == "cpu" and dtype.itemsize >= 4 and not torch.compiler.is_compiling():
-        rows = min(rows, _CACHED_ROWS)
-    for expert, row in enumerate(dots[:stacked]):
-        up, down = weights.up[expert].to(dtype), weights.down[expert].to(dtype)
-        up_bias, down_bias = (None if bias is None else bias[expert].to(dtype) for bias in weights[2:4])
-        for x_rows, g_rows, out in zip(*(torch.split(tensor, rows) for tensor in (x, g, row)), strict=True):
-            out.copy_(_dots(x_rows, g_rows, up, down, up_bias, down_bias, layout, _affine))
-    return _scaled(dots, weights.scale).t()
+    return products.expert_dots(x, g, experts, dtype, workspace_bytes)
 
 
 def sampled_dots(
     x: Tensor,
     g: Tensor,
-    sensitivity: Tensor,
+    known: Known,
     count: int,
     seed: int,
     experts: StackedExperts,
     dtype: torch.dtype | None = None,
     workspace_bytes: int = 1 << 28,
-) -> tuple[Tensor, Tensor]:
-    """⟨g_t, E_j(x_t)⟩ for ``count`` pairs of a token and an expert, and the factors that make up for the others.
+) -> Tensor:
+    """An estimate of ⟨g_t, E_j(x_t)⟩ for every token t and expert j that evaluates ``count`` of the pairs.
 
     The rows of a pair are gathered, and all pairs go through one grouped matrix product for each projection. A few of
-    the pairs are a pilot: they tell how large the inner products of each expert are. Experts without weights cost
-    nothing, so all their pairs are evaluated, on top of ``count``.
+    the pairs are a pilot: they tell how large the inner products of each expert are, and how much of them is known
+    beforehand, see `control`. Experts without weights cost nothing, so all their pairs are exact, on top of ``count``.
 
     Args:
         x, g, experts, dtype: As in `expert_dots`.
-        sensitivity: How much the inner product of each pair matters, [tokens, experts]; pairs with zero are left out.
+        known: What is known of the pairs.
         count: How many pairs are evaluated.
         seed: Chooses the draw, see `sampling.draw_pairs`.
         workspace_bytes: Upper bound on the temporaries; the pairs are split to stay below it. A copy of the weights in
             another dtype comes on top.
 
     Returns:
-        Inner products and factors, both [tokens, experts] and float32 or float64. Their product is on average
-        `expert_dots`; both are zero where a pair wasn't drawn.
+        [tokens, experts], float32 or float64; on average over draws `expert_dots`, where the sensitivity isn't zero.
     """
-    weights, layout = _oriented(experts), experts.layout
+    weights, layout = oriented(experts), experts.layout
     dtype = dtype or weights.up.dtype
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
     tokens, stacked = x.shape[0], weights.down.shape[0]
-    dots = _all_dots(x, g, stacked, layout)
-    factors = torch.ones_like(dots)
-    factors[:stacked] = 0
+    dots = room_for_dots(x, g, stacked, layout)
     if count == 0:
-        return dots.t(), factors.t()
+        return dots.t()
     up, down = weights.up.to(dtype), weights.down.to(dtype)
     biases = [None if bias is None else bias.to(dtype) for bias in weights[2:4]]
-    rows = max(1, workspace_bytes // (_temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
+    rows = max(1, workspace_bytes // (temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
 
-    def evaluate(pairs: Pairs) -> Iterator[Tensor]:
-        start = 0
+    def evaluate(pairs: Pairs) -> Tensor:
+        start, parts = 0, []
         for place in torch.split(pairs.place, rows):
             expert, token = place // tokens, place % tokens
             up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
             grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
-            yield _dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
+            part = row_dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
+            parts.append(part if weights.scale is None else part * weights.scale[expert].to(part.dtype))
             start += len(place)
+        return torch.cat(parts)
 
     norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)
-    importance = sensitivity[:, :stacked] * norm.unsqueeze(1)
+    along = known.along.squeeze(1).to(dots.dtype)
+    importance = known.sensitivity[:, :stacked] * norm.unsqueeze(1)
     if pilots := count // PAIRS_PER_PILOT:
         pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, seed)
+        token = pairs.place % tokens
         # Without numbers where there is no gradient, or in float16 beyond its range.
-        size = (torch.cat(list(evaluate(pairs))) / norm[pairs.place % tokens]).nan_to_num(0.0, 0.0, 0.0)
-        importance = importance * typical_size(size, pairs, tokens).to(importance.dtype)
+        size, part = ((of / norm[token]).nan_to_num(0.0, 0.0, 0.0) for of in (evaluate(pairs), along[token]))
+        coefficient, rest = fit(size, part, pairs, tokens)
+        dots[:stacked] = torch.outer(coefficient, along)
+        importance = importance * typical_size(rest, pairs, tokens).to(importance.dtype)
     pairs = draw_pairs(importance, count - pilots, seed + 1)
-    drawn = pairs.factor > 0
-    dots.view(-1).index_add_(0, pairs.place, torch.where(drawn, torch.cat(list(evaluate(pairs))), 0))
-    factors.view(-1).index_add_(0, pairs.place, pairs.factor.to(factors.dtype))
-    return _scaled(dots, weights.scale).t(), factors.t()
+    rest = (evaluate(pairs) - dots.view(-1)[pairs.place]) * pairs.factor.to(dots.dtype)
+    dots.view(-1).index_add_(0, pairs.place, torch.where(pairs.factor > 0, rest, 0))
+    return dots.t()
 
 
-PAIRS_PER_PILOT = 32
+PAIRS_PER_PILOT = 16
 """Of so many pairs one is spent on the pilot."""
-
-_CACHED_ROWS = 1024
-"""How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
-graph has one for each number of pieces.)"""
-
-_Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-
-
-def _oriented(experts: StackedExperts) -> ExpertWeights:
-    """The same orientation, [experts, in, out], for both layouts; views, not copies."""
-    weights = experts.weights
-    if experts.layout.transposed:
-        return weights
-    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
 
 
 def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExperts) -> tuple[Tensor, Tensor]:
@@ -227,7 +129,7 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
         y, [tokens, hidden], and the size of what may cancel in it, [tokens]. Float32 or float64. The size is
         Σ|w_j|·‖s_j‖, where each number of s_j is the root of the summed squares of the terms of that of E_j(x).
     """
-    stacked, layout = _oriented(experts), experts.layout
+    stacked, layout = oriented(experts), experts.layout
     dtype = torch.promote_types(stacked.up.dtype, torch.float32)
     x, weights = x.to(dtype), weights.to(dtype)
     y, size = torch.zeros_like(x), x.new_zeros(len(x))
@@ -238,8 +140,8 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
             up, down, up_bias, down_bias, scale = (None if w is None else w[expert].to(dtype) for w in stacked)
             assert up is not None
             assert down is not None
-            inner = layout.activation(_affine(x[token], up, up_bias)).to(dtype)
-            output = _affine(inner, down, down_bias)
+            inner = layout.activation(affine(x[token], up, up_bias)).to(dtype)
+            output = affine(inner, down, down_bias)
             terms = torch.linalg.vector_norm(torch.sqrt(inner.square() @ down.square()), dim=-1)
             if layout.post_norm is not None:
                 normed = layout.post_norm(output).to(dtype)
@@ -255,45 +157,6 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
         terms = torch.maximum(terms, torch.linalg.vector_norm(output, dim=-1))
         size.index_add_(0, token, terms * weights[token, slot].abs())
     return y, size
-
-
-def _all_dots(x: Tensor, g: Tensor, stacked: int, layout: ExpertLayout) -> Tensor:
-    """Room for the inner products, [experts, tokens], with those of the experts without weights."""
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    count = stacked + layout.identities + layout.zeros
-    dots = torch.zeros(count, x.shape[0], dtype=accumulate, device=x.device)
-    if layout.identities:
-        dots[stacked : stacked + layout.identities] = torch.linalg.vecdot(x.to(accumulate), g.to(accumulate))
-    return dots
-
-
-def _scaled(dots: Tensor, scale: Tensor | None) -> Tensor:
-    if scale is not None:
-        dots[: len(scale)] *= scale.to(dots.dtype).unsqueeze(1)
-    return dots
-
-
-def _dots(
-    x: Tensor,
-    g: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: ExpertLayout,
-    affine: _Affine,
-) -> Tensor:
-    """The inner product of each row of g, [rows, hidden], with the expert's output for that row of x, [rows]."""
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    hidden = layout.activation(affine(x, up, up_bias))
-    if layout.post_norm is not None:
-        return torch.sum(layout.post_norm(affine(hidden, down, down_bias)) * g, -1, dtype=accumulate)
-    dots = torch.sum(affine(g, down.mT, None).mul_(hidden), -1, dtype=accumulate)
-    return dots if down_bias is None else dots + torch.sum(g * down_bias, -1, dtype=accumulate)
-
-
-def _affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ weight if bias is None else torch.addmm(bias, x, weight)
 
 
 def _grouped_affine(ends: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -318,8 +181,3 @@ _opaque_grouped_product = torch.library.custom_op("densemixer::grouped_product",
 @_opaque_grouped_product.register_fake
 def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2])
-
-
-def _temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
-    """For one row: the up projection and an activation that makes a few copies of it, or an output and its norm."""
-    return (4 * weights.up.shape[2] + 3 * sum(weights.down.shape[1:])) * dtype.itemsize

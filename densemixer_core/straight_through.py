@@ -20,22 +20,16 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from densemixer_core.config import DenseMixerConfig
+from densemixer_core.control import Known
 from densemixer_core.estimators import extra_score_gradient
-from densemixer_core.experts import (
-    ExpertLayout,
-    ExpertWeights,
-    StackedExperts,
-    compute_dtype,
-    expert_dots,
-    sampled_dots,
-)
+from densemixer_core.experts import expert_dots, sampled_dots
 from densemixer_core.routing import score_sensitivity, selection
 from densemixer_core.sampling import share_of_pairs
+from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 
-ExpertDots = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
-"""From x and g, [tokens, hidden] each, and None, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts], and
-None. For a budget below 1 there are sensitivities, [tokens, experts], in place of the first None, and it returns what
-`sampled_dots` returns."""
+ExpertDots = Callable[[Tensor, Tensor, Known | None], Tensor]
+"""From x and g, [tokens, hidden] each, and None, to ⟨g, E_j(x)⟩ as `expert_dots` returns it, [tokens, experts]. For a
+budget below 1 there is what is known of the pairs in place of the None, and it returns what `sampled_dots` returns."""
 
 
 class Listener(Protocol):
@@ -107,14 +101,14 @@ def straight_through(
     selected, factor, total = selection(scores, index, weights, renormalised, epsilon, weight_scale)
     sampled, centered = config.budget < 1, config.estimator == "centered" and renormalised
     how = _Stacked.of(experts) if isinstance(experts, StackedExperts) else experts
-    saved = [x, index, factor, scores, total if centered else None]
+    saved = [x, index, factor, scores, total if centered or sampled else None]
     # ⟨g, y⟩ follows from the inner products of the selected experts, where all are evaluated. Otherwise y is copied:
     # whoever comes next may write to the host's own in place.
-    saved.append(None if not centered else output.detach().clone() if sampled else selected)
+    saved.append(output.detach().clone() if sampled else selected if centered else None)
     if isinstance(how, _Stacked) and torch.compiler.is_compiling():
         saved += how.kept  # torch.compile follows no other way
         how = dataclasses.replace(how, kept=())
-    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, listener))  # type: ignore[no-untyped-call]
+    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, centered, listener))  # type: ignore[no-untyped-call]
     return _HandOn.apply(output, carrier)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -143,16 +137,14 @@ class _Stacked:
         kept = tuple(experts.weights)
         return cls(experts.layout, None, dtype, kept, None if torch.compiler.is_compiling() else _versions(kept))
 
-    def dots(
-        self, x: Tensor, g: Tensor, sensitivity: Tensor | None, selected: int, config: DenseMixerConfig
-    ) -> tuple[Tensor, Tensor | None]:
+    def dots(self, x: Tensor, g: Tensor, known: Known | None, selected: int, config: DenseMixerConfig) -> Tensor:
         """What an `ExpertDots` returns."""
         weights, workspace = ExpertWeights(*self.kept), config.workspace_mb << 20  # type: ignore[arg-type]
         experts = StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
-        if sensitivity is None:
-            return expert_dots(x, g, experts, self.dtype, workspace), None
-        count = share_of_pairs(len(x) * (sensitivity.shape[-1] - selected), config.budget)
-        return sampled_dots(x, g, sensitivity, count, config.seed, experts, self.dtype, workspace)
+        if known is None:
+            return expert_dots(x, g, experts, self.dtype, workspace)
+        count = share_of_pairs(len(x) * (known.sensitivity.shape[-1] - selected), config.budget)
+        return sampled_dots(x, g, known, count, config.seed, experts, self.dtype, workspace)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +154,7 @@ class _Call:
     how: _Stacked | ExpertDots
     score: str
     config: DenseMixerConfig
+    centered: bool
     listener: Listener | None
 
 
@@ -229,39 +222,32 @@ def _extra_gradient(g: Tensor, saved: tuple[Any, ...], call: _Call) -> Tensor:
     """The gradient that DenseMixer adds to the scores, [tokens, experts]."""
     x, index, factor, scores, total, y_or_selected, *kept = saved
     x, rows = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    sampled, how = call.config.budget < 1, call.how
-    sensitivity = None
-    if sampled:
+    how, known, mean = call.how, None, None
+    if call.config.budget < 1:
         sensitivity = (score_sensitivity(scores, call.score) * factor).scatter(-1, index, 0.0)
+        mean = _mean_of_output(rows, y_or_selected, factor * total)
+        known = Known(sensitivity, mean.nan_to_num(0.0, 0.0, 0.0))
     if isinstance(how, _Stacked):
         if how.versions is not None and how.versions != _versions(how.kept) and call.listener is not None:
             call.listener.experts_written_to()
         how = dataclasses.replace(how, kept=tuple(kept)) if kept else how
-        dots, repeats = how.dots(x, rows, sensitivity, index.shape[-1], call.config)
+        dots = how.dots(x, rows, known, index.shape[-1], call.config)
         half = how.dtype == torch.float16
     else:
-        dots, repeats = how(x, rows, sensitivity)
+        dots = how(x, rows, known)
         half = x.dtype == torch.float16
     dots = dots.to(factor.dtype)
-    mean = None
-    if total is not None:
-        mean = _mean(dots, rows, index, factor, total, y_or_selected, sampled)
-    extra = extra_score_gradient(dots, index, factor, mean)
-    if repeats is not None:
-        extra = extra * repeats.to(factor.dtype)
+    if call.centered and known is None:
+        # y = c·Σ_selected p_j·E_j(x), and c·(S + ε) is the routed scaling factor.
+        mean = (dots.gather(-1, index) * y_or_selected).sum(-1, keepdim=True) / total
+    extra = extra_score_gradient(dots, index, factor, mean if call.centered else None)
     return _without_overflow(extra, x, rows, call.listener) if half else extra
 
 
-def _mean(
-    dots: Tensor, g: Tensor, index: Tensor, factor: Tensor, total: Tensor, y_or_selected: Tensor, sampled: bool
-) -> Tensor:
-    """⟨g, y⟩/a, [tokens, 1], for the routed scaling factor a = c·(S + ε); zero where all weights are zero."""
-    if not sampled:
-        # y = c·Σ_selected p_j·E_j(x).
-        return (dots.gather(-1, index) * y_or_selected).sum(-1, keepdim=True) / total
-    along = torch.sum(g * y_or_selected.reshape(g.shape), -1, True, dtype=factor.dtype)
-    scaling = factor * total
-    return torch.where(scaling == 0, 0.0, along / scaling)
+def _mean_of_output(g: Tensor, y: Tensor, weights: Tensor) -> Tensor:
+    """⟨g, y⟩/Σ_selected w, [tokens, 1], from that sum; zero where all weights are zero."""
+    along = torch.sum(g * y.reshape(g.shape), -1, True, dtype=weights.dtype)
+    return torch.where(weights == 0, 0.0, along / weights)
 
 
 def _without_overflow(extra: Tensor, x: Tensor, g: Tensor, listener: Listener | None) -> Tensor:

@@ -12,9 +12,9 @@ So a step takes 1 + X / 3F (or 4F) times as long where all matrix products run e
 functions are left out on both sides; attention counts as full where it slides or is linear.
 
 Bytes kept from the forward to the backward, a token: 4·(E + 1) for each of its layers, for the scores and the factor
-between them and the weights; with the estimator ``centered`` where weights are renormalised, the layer's output and 4
-bytes more. With gradient checkpointing for one layer at a time. The option `workspace_mb` bounds the temporaries of the
-backward.
+between them and the weights; with a budget below 1 the layer's output and 4 bytes more; else with the estimator
+``centered``, where weights are renormalised, 4·(k + 1) more. With gradient checkpointing for one layer at a time. The
+option `workspace_mb` bounds the temporaries of the backward.
 """
 
 from __future__ import annotations
@@ -169,11 +169,13 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
         return Cost(forward, 0.0, 0, 0)
     layers, saved = _layers(model, options), []
     for layer in layers:
-        centered = options.estimator == "centered" and layer.renormalised
-        # For ⟨g, y⟩: the selected experts' scores, or a copy of the output where not all experts are evaluated.
-        hidden = model.config.get_text_config().hidden_size * model.dtype.itemsize
-        kept = 4 * _selected(model, layer) if options.budget == 1 else hidden
-        saved.append(4 * (layer.matrices[0][0] + 1) + (4 + kept if centered else 0))
+        kept = 4 * (layer.matrices[0][0] + 1)
+        # For ⟨g, y⟩: a copy of the output where not all experts are evaluated, else the selected experts' scores.
+        if options.budget < 1:
+            kept += 4 + model.config.get_text_config().hidden_size * model.dtype.itemsize
+        elif options.estimator == "centered" and layer.renormalised:
+            kept += 4 + 4 * _selected(model, layer)
+        saved.append(kept)
     return Cost(forward, extra_operations(model, layers), sum(saved), max(saved))
 
 

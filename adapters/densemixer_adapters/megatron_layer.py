@@ -27,6 +27,7 @@ from densemixer_core import (
     DenseMixerConfig,
     ExpertLayout,
     ExpertWeights,
+    Known,
     RoutingMismatchError,
     StackedExperts,
     check_routing,
@@ -180,12 +181,12 @@ class MegatronLayer:
         )
         return output + shared[0].view_as(output) if shared else output
 
-    def _dots(self, x: Tensor, g: Tensor, sensitivity: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _dots(self, x: Tensor, g: Tensor, known: Known | None) -> Tensor:
         """In the backward, with the weights as they are then."""
         return gathered_dots(
             x,
             g,
-            sensitivity,
+            known,
             experts=read_experts(self.block, self.name),
             indices=self.block.local_expert_indices,
             count=self.block.config.num_moe_experts,
@@ -249,7 +250,7 @@ def warn_of_frozen_routers(layers: Sequence[MegatronLayer]) -> None:
 def gathered_dots(
     x: Tensor,
     g: Tensor,
-    sensitivity: Tensor | None,
+    known: Known | None,
     *,
     experts: Sequence[StackedExperts],
     indices: Sequence[int],
@@ -259,13 +260,13 @@ def gathered_dots(
     budget: float,
     seed: int,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor | None]:
+) -> Tensor:
     """⟨g_t, E_j(x_t)⟩ for this rank's tokens and the experts of all ranks. Collective.
 
     Args:
         x: The experts' input, [tokens, hidden]. The ranks of the group may have different numbers of tokens.
         g: The gradient of the experts' output, [tokens, hidden].
-        sensitivity: As in `densemixer_core.sampled_dots`, [tokens, experts]; None for a budget of 1.
+        known: As in `densemixer_core.sampled_dots`, of all experts; None for a budget of 1.
         experts: This rank's experts, or its part of them: their inner products are summed over the group.
         indices: Their positions among all experts.
         count: The number of all experts.
@@ -276,38 +277,37 @@ def gathered_dots(
             experts; all of it for these on a single rank.
 
     Returns:
-        [tokens, experts], float32 or float64; with sensitivities, the factors too.
+        [tokens, experts], float32 or float64; for a budget below 1 an estimate, see `densemixer_core.sampled_dots`.
     """
     ranks, held = dist.get_world_size(group), slice(indices[0], indices[-1] + 1)
     own = workspace_bytes if ranks == 1 else workspace_bytes // 2  # the experts' share
 
-    def evaluate(x: Tensor, g: Tensor, sensitivity: Tensor | None, tokens: int) -> tuple[Tensor, ...]:
-        if sensitivity is None:
-            return (torch.cat([expert_dots(x, g, some, workspace_bytes=own) for some in experts], 1),)
+    def evaluate(x: Tensor, g: Tensor, known: Known | None, tokens: int) -> Tensor:
+        if known is None:
+            return torch.cat([expert_dots(x, g, some, workspace_bytes=own) for some in experts], 1)
         drawn = share_of_pairs(tokens * (count - selected) * len(indices) // count, budget)
-        return sampled_dots(x, g, sensitivity[:, held], drawn, seed, _stack(experts), workspace_bytes=own)
+        ours = known._replace(sensitivity=known.sensitivity[:, held])
+        return sampled_dots(x, g, ours, drawn, seed, _stack(experts), workspace_bytes=own)
 
     if ranks == 1:
-        return _with_factors(evaluate(x, g, sensitivity, len(x)))
+        return evaluate(x, g, known, len(x))
     gathered = torch.empty(ranks, dtype=torch.int64, device=x.device)
     dist.all_gather_into_tensor(gathered, gathered.new_tensor([len(x)]), group=group)
     lengths: list[int] = gathered.tolist()
     longest = max(lengths)
-    numbers = 2 if sensitivity is None else 5  # of 4 bytes for a token and an expert: gathered, and what we add to
+    numbers = 2 if known is None else 4  # of 4 bytes for a token and an expert: gathered, and what we add to
     step = max(1, min(longest, own // (ranks * (2 * x.shape[1] * x.element_size() + numbers * count * 4))))
+
+    def gather(rows: Tensor, start: int) -> Tensor:
+        return _all_gather(rows[start : start + step], step, group)
+
     parts = []
     for start in range(0, max(1, longest), step):
-        all_x, all_g = (_all_gather(tensor[start : start + step], step, group) for tensor in (x, g))
-        all_sensitivity = None if sensitivity is None else _all_gather(sensitivity[start : start + step], step, group)
+        all_known = None if known is None else Known(*(gather(part, start) for part in known))
         tokens = sum(min(max(length - start, 0), step) for length in lengths)  # without those that fill up
-        parts.append(
-            [_scatter(ours, held, step, count, group) for ours in evaluate(all_x, all_g, all_sensitivity, tokens)]
-        )
-    return _with_factors([torch.cat(results)[: len(x)] for results in zip(*parts, strict=True)])
-
-
-def _with_factors(results: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    return results[0], results[1] if len(results) > 1 else None
+        ours = evaluate(gather(x, start), gather(g, start), all_known, tokens)
+        parts.append(_scatter(ours, held, step, count, group))
+    return torch.cat(parts)[: len(x)]
 
 
 def _scatter(ours: Tensor, held: slice, rows: int, count: int, group: dist.ProcessGroup) -> Tensor:

@@ -16,7 +16,8 @@ from layers import Case, Layer
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from densemixer_core import Activation, DenseMixerConfig, StackedExperts, expert_dots, fused, triton_kernel
+from densemixer_core import Activation, DenseMixerConfig, StackedExperts, expert_dots
+from densemixer_core.kernel import fused, triton_kernel
 
 FORMULAS = {
     "concatenated": Activation("silu", "concatenated"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import hypothesis.strategies as st
 import oracle
@@ -13,19 +16,18 @@ from layers import Case, Layer
 from test_straight_through import LiveBytes, assert_equal_gradients, cases
 from torch.utils.checkpoint import checkpoint
 
-from densemixer_core import DenseMixerConfig, StackedExperts, expert_dots, sampled_dots
-from densemixer_core.experts import PAIRS_PER_PILOT
+from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import SCORE_FUNCTIONS, router_scores, score_gradient_to_logits, score_sensitivity
-from densemixer_core.sampling import draw_pairs, inclusion_probabilities
+from densemixer_core.sampling import Pairs, draw_pairs, inclusion_probabilities
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        Case(),
-        Case(activation="interleaved", bias=True, transposed=True, renormalised=False, scaling=2.5),
-        Case(activation="ungated", post_norm=True, scale=True, score="sigmoid"),
-        Case(identities=1, zeros=1, score="sqrtsoftplus"),
+        Case(40),
+        Case(40, activation="interleaved", bias=True, transposed=True, renormalised=False, scaling=2.5),
+        Case(40, activation="ungated", post_norm=True, scale=True, score="sigmoid"),
+        Case(40, identities=1, zeros=1, score="sqrtsoftplus"),
     ],
     ids=["gated", "biased", "normed", "with identities"],
 )
@@ -42,15 +44,74 @@ def test_the_mean_over_seeds_is_the_exact_gradient(case: Case, estimator: str) -
     assert (errors.mean(0).abs() < 4 * errors.std(0) / len(draws) ** 0.5).all()
 
 
+def known_of(layer: Layer, sensitivity: torch.Tensor | None = None) -> Known:
+    """What is known of a layer's pairs, all of which matter alike unless they are said not to."""
+    output, _, weights = layer.host()
+    along = (layer.g * output).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+    everything = torch.ones(layer.case.tokens, layer.case.scored)
+    return Known(everything if sensitivity is None else sensitivity, along.detach())
+
+
+def repeated_and_quiet(layer: Layer) -> None:
+    """Half of the tokens once more, and a third without a gradient."""
+    half = layer.case.tokens // 2
+    with torch.no_grad():
+        layer.x[half:], layer.g[half:] = layer.x[:half], layer.g[:half]
+        layer.g[::3] = 0
+
+
+def alike(layer: Layer) -> None:
+    """All experts nearly one network: the control is nearly everything."""
+    with torch.no_grad():
+        for weight in layer.weights[:2]:
+            weight[1:] = weight[:1] + 0.1 * weight[1:]
+
+
+def unchanged(layer: Layer) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("case", "count", "change"),
+    [
+        (Case(), 32, alike),
+        (Case(40, scale=True, bias=True, identities=1), 60, repeated_and_quiet),
+        (Case(40, experts=30), 50, unchanged),  # three pairs in the pilot, so most experts aren't there
+        (Case(1, experts=40), 17, unchanged),
+        (Case(5), 1, unchanged),
+    ],
+    ids=["experts alike", "repeated tokens and g of zeros", "experts that no pilot has", "one token", "one pair"],
+)
+def test_a_bias_of_a_tenth_of_a_draws_error_would_show(
+    case: Case, count: int, change: Callable[[Layer], None]
+) -> None:
+    layer = Layer(case)
+    change(layer)
+    experts = StackedExperts(layer.weights, layer.layout)
+    with torch.no_grad():
+        sensitivity = score_sensitivity(layer.host()[1], case.score).scatter(1, layer.index, 0)
+        known = known_of(layer, sensitivity)
+        exact = expert_dots(layer.x, layer.g, experts)
+        draws = torch.stack([sampled_dots(layer.x, layer.g, known, count, seed, experts) for seed in range(1200)])
+    directions = torch.randn(10, *exact.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    directions[:2] = torch.stack([exact, known.along.expand_as(exact)])  # what is estimated, and by what
+    errors = torch.einsum("ste,dte->sd", (draws - exact) * sensitivity, directions)
+
+    def bias(values: torch.Tensor) -> float:
+        """The largest, in standard errors of the mean."""
+        return float((values.mean(0).abs() / (values.std(0) / len(values) ** 0.5)).max())
+
+    assert bias(errors) < 3.5 < bias(errors + 0.1 * errors.std(0))
+
+
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(case=cases)
 def test_enough_pairs_are_exact(case: Case) -> None:
     layer = Layer(case)
     experts = StackedExperts(layer.weights, layer.layout)
     with torch.no_grad():
-        everything = torch.ones(case.tokens, case.scored)
-        dots, factors = sampled_dots(layer.x, layer.g, everything, 2 * case.tokens * case.experts, 0, experts)
-        torch.testing.assert_close(dots * factors, expert_dots(layer.x, layer.g, experts), rtol=1e-10, atol=1e-10)
+        dots = sampled_dots(layer.x, layer.g, known_of(layer), 2 * case.tokens * case.experts, 0, experts)
+        torch.testing.assert_close(dots, expert_dots(layer.x, layer.g, experts), rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -70,20 +131,35 @@ def test_each_drawn_pair_in_every_dtype_and_memory_bound(
     importance = torch.rand(case.tokens, case.scored, generator=torch.Generator().manual_seed(case.seed))
     count = math.ceil(share * case.tokens * case.experts)
     experts = StackedExperts(layer.weights, layer.layout)
-    with torch.no_grad():
+    evaluated, draws = [], []
+
+    def activation(up: torch.Tensor) -> torch.Tensor:
+        evaluated.append(len(up))
+        return layer.layout.activation(up)
+
+    def draw(*args: Any) -> Pairs:
+        draws.append(draw_pairs(*args))
+        return draws[-1]
+
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("densemixer_core.experts.draw_pairs", draw)
+        counted = StackedExperts(layer.weights, dataclasses.replace(layer.layout, activation=activation))
+        known = Known(importance, torch.zeros(case.tokens, 1))  # so an undrawn pair's estimate is zero
+        ours = sampled_dots(layer.x, layer.g, known, count, 0, counted, workspace_bytes=bound)
         exact = expert_dots(layer.x, layer.g, experts)
-        ours, factors = sampled_dots(layer.x, layer.g, importance, count, 0, experts, workspace_bytes=bound)
         whole = Layer(case, dtype)
         whole.weights = type(layer.weights)(*(None if w is None else w.double() for w in layer.weights))
         truth = expert_dots(layer.x.double(), layer.g.double(), StackedExperts(whole.weights, layer.layout))
-    assert ours.dtype == factors.dtype == exact.dtype
+    assert sum(evaluated) == count
+    assert ours.dtype == exact.dtype
+    factors = torch.zeros(case.experts * case.tokens, dtype=torch.float64)
+    factors = factors.index_add(0, draws[-1].place, draws[-1].factor).view(case.experts, case.tokens).t()
+    factors = torch.cat([factors, torch.ones(case.tokens, case.scored - case.experts)], 1)
     drawn = factors > 0
-    assert drawn[:, : case.experts].sum() == count - count // PAIRS_PER_PILOT
-    assert drawn[:, case.experts :].all()
     assert torch.equal(ours[~drawn], torch.zeros_like(ours[~drawn]))
     # No worse than the dense evaluation in the same dtype by more than a few roundings of the largest value.
     allowed = 4 * torch.finfo(dtype).eps * truth.abs().max() * truth.numel() ** 0.5
-    assert (ours.double() - truth)[drawn].norm() <= (exact.double() - truth)[drawn].norm() + allowed
+    assert (ours / factors - truth)[drawn].norm() <= (exact.double() - truth)[drawn].norm() + allowed
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -184,8 +260,9 @@ def test_importance_beats_chance() -> None:
         def error(sensitivity: torch.Tensor) -> float:
             errors = []
             for seed in range(8):
-                dots, factors = sampled_dots(layer.x, layer.g, sensitivity, 4000, seed, experts)
-                logits = score_gradient_to_logits(dots * factors, scores, "softmax")
+                known = Known(sensitivity, torch.zeros(2000, 1, dtype=torch.float64))
+                dots = sampled_dots(layer.x, layer.g, known, 4000, seed, experts)
+                logits = score_gradient_to_logits(dots, scores, "softmax")
                 errors.append(oracle.relative_error(logits.T @ layer.x, exact))
             return sum(errors) / len(errors)
 
@@ -219,6 +296,7 @@ def test_temporaries_stay_below_the_bound(activation: str, bound: int) -> None:
     with torch.no_grad(), LiveBytes() as alone:
         draw_pairs(importance, 8000, 0)
     with torch.no_grad(), LiveBytes() as live:
-        sampled_dots(layer.x, layer.g, importance, 8000, 0, experts, workspace_bytes=bound)
+        known = Known(importance, torch.ones(2048, 1))
+        sampled_dots(layer.x, layer.g, known, 8000, 0, experts, workspace_bytes=bound)
     results_and_importance = 4 * 4 * layer.case.tokens * layer.case.experts
     assert live.peak <= max(alone.peak, bound + 8000 * 32) + results_and_importance

@@ -16,7 +16,8 @@ from installs import is_installed
 from layers import Case, Layer
 from torch.nn import functional as F
 
-from densemixer_core import Activation, StackedExperts, fused, recognise
+from densemixer_core import Activation, StackedExperts, recognise
+from densemixer_core.kernel import fused
 
 INTERPRETED = Path(__file__).parent / "interpreted.py"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kernel.py"
@@ -88,7 +89,7 @@ def test_compiles_for_gpus(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from densemixer_core import triton_kernel
+    from densemixer_core.kernel import triton_kernel
 
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     kernel = triton_kernel._dots.fn

@@ -13,7 +13,7 @@ from layers import Case, Layer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from densemixer_core import DenseMixerConfig, StackedExperts, expert_dots, straight_through
+from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, straight_through
 from densemixer_core.estimators import ESTIMATORS, extra_score_gradient
 
 cases = st.builds(
@@ -127,18 +127,16 @@ def test_a_function_may_evaluate_the_experts(budget: float) -> None:
     layer = Layer(Case(tokens=12))
     calls = []
 
-    def evaluate(
-        x: torch.Tensor, g: torch.Tensor, sensitivity: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    output, scores, weights = layer.host()
+
+    def evaluate(x: torch.Tensor, g: torch.Tensor, known: Known | None) -> torch.Tensor:
         calls.append((x.shape, torch.is_grad_enabled()))
         dots = expert_dots(x, g, StackedExperts(layer.weights, layer.layout))
-        if sensitivity is None:
-            return dots, None
-        # Half of what is there, counted twice.
-        assert torch.equal(sensitivity == 0, torch.zeros_like(dots).scatter(1, layer.index, 1) == 1)
-        return dots / 2, torch.full_like(dots, 2)
+        if known is not None:
+            assert torch.equal(known.sensitivity == 0, torch.zeros_like(dots).scatter(1, layer.index, 1) == 1)
+            torch.testing.assert_close(known.along, (g * output).sum(1, keepdim=True))
+        return dots
 
-    output, scores, weights = layer.host()
     through = straight_through(
         output.view(3, 4, -1),
         scores,

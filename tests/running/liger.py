@@ -16,7 +16,7 @@ from runs import loss_of
 from setting import Result, batch, build, compare, gradients_of, run, truth
 
 from densemixer_adapters.transformers import apply_densemixer
-from densemixer_core import fused
+from densemixer_core.kernel import fused
 
 
 def patched(experts: bool = False, before: bool = False) -> Result:

@@ -237,8 +237,9 @@ def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> No
     for setting in budgeted:
         assert setting["extra"] == pytest.approx(layers * setting["budget"] * (e - k) * 6 * d * f)
     for setting in found["settings"]:
-        assert setting["saved"] == layers * 4 * (e + 1)
-        assert setting["saved_checkpointed"] == 4 * (e + 1)
+        output = 0 if setting["budget"] == 1 else 2 * d + 4
+        assert setting["saved"] == layers * (4 * (e + 1) + output)
+        assert setting["saved_checkpointed"] == 4 * (e + 1) + output
 
 
 def test_budgets_are_as_cheap_as_promised(large: Path) -> None:
@@ -261,8 +262,9 @@ def test_options_count(large: Path) -> None:
     assert estimate(model, 4096, DenseMixerConfig("conventional")).ratio() == 1
     centered = estimate(model, 4096, DenseMixerConfig("centered"))
     assert centered.saved - whole.saved == 48 * (8 * 4 + 4)
-    drawn = estimate(model, 4096, DenseMixerConfig("centered", budget=0.125))
-    assert drawn.saved - whole.saved == 48 * (2048 * 4 + 4)
+    for estimator in ("densemixer", "centered"):
+        drawn = estimate(model, 4096, DenseMixerConfig(estimator, budget=0.125))
+        assert drawn.saved - whole.saved == 48 * (2048 * 4 + 4)
 
 
 @pytest.mark.parametrize("options", [{}, {"budget": 0.5}, {"estimator": "centered", "budget": 0.25}, {"layers": [0]}])

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from densemixer_core.activations import Activation
-from densemixer_core.fused import INTERPRETED
+from densemixer_core.kernel import INTERPRETED
+from densemixer_core.kernel.activations import Activation
 
 
 def _configs() -> list[Any]:

@@ -10,21 +10,19 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from densemixer_core.activations import Activation
-
-if TYPE_CHECKING:
-    from densemixer_core.experts import StackedExperts
+from densemixer_core import products
+from densemixer_core.kernel import INTERPRETED
+from densemixer_core.kernel.activations import Activation
+from densemixer_core.products import room_for_dots, scaled
+from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts
 
 logger = logging.getLogger("densemixer")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 # ‖kernel − products‖ / ‖products‖: a few roundings of each number, and for float32 what TF32 does to it.
@@ -64,7 +62,8 @@ def expert_dots(x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtyp
     assert layout.formula is not None
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
     formula = layout.formula
-    dots: Tensor = _fused(
+    dots = room_for_dots(x, g, len(down), layout)
+    dots[: len(down)] = _fused(
         x,
         g,
         up,
@@ -77,15 +76,10 @@ def expert_dots(x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtyp
         formula.offset,
         layout.transposed,
         workspace_bytes,
-    ).t()
+    )
     if down_bias is not None:
-        dots = dots + (g @ down_bias.to(dtype).t()).float()
-    if scale is not None:
-        dots = dots * scale.float()
-    if layout.identities or layout.zeros:
-        identity = torch.linalg.vecdot(x.float(), g.float()).unsqueeze(1).expand(-1, layout.identities)
-        dots = torch.cat([dots, identity, dots.new_zeros(len(x), layout.zeros)], 1)
-    return dots
+        dots[: len(down)] += down_bias.to(dtype) @ g.t()
+    return scaled(dots, scale).t()
 
 
 @torch.library.custom_op("densemixer::fused_expert_dots", mutates_args=())
@@ -104,17 +98,16 @@ def _fused(
     workspace_bytes: int,
 ) -> Tensor:
     """[experts, tokens] of the stacked experts without their output's bias and scale. torch.compile looks no deeper."""
-    from densemixer_core.experts import ExpertLayout, ExpertWeights, StackedExperts, expert_dots
-    from densemixer_core.triton_kernel import launch
+    from densemixer_core.kernel.triton_kernel import launch
 
     activation = Activation(function, gate, alpha, limit, offset)
-    products = StackedExperts(ExpertWeights(up, down, up_bias), ExpertLayout(activation, transposed))
+    experts = StackedExperts(ExpertWeights(up, down, up_bias), ExpertLayout(activation, transposed))
 
     def by_kernel(x: Tensor, g: Tensor) -> Tensor:
         return launch(x, g, up, down, up_bias, activation, transposed)
 
     def by_products(x: Tensor, g: Tensor) -> Tensor:
-        return expert_dots(x, g, products, x.dtype, workspace_bytes).t()
+        return products.expert_dots(x, g, experts, x.dtype, workspace_bytes).t()
 
     precision = torch.get_float32_matmul_precision()
     layer = (x.device, x.dtype, precision, up.dtype, up.shape, down.shape, up_bias is None, activation, transposed)
@@ -153,6 +146,6 @@ def _prove(by_kernel: _Dots, by_products: _Dots, like: Tensor) -> bool:
 def _is_faster(by_kernel: _Dots, by_products: _Dots, x: Tensor, g: Tensor, what: str) -> bool:
     from triton.testing import do_bench
 
-    kernel, products = (do_bench(lambda run=run: run(x, g), return_mode="median") for run in (by_kernel, by_products))
-    logger.info("%s takes %.3g ms for %d tokens, one by one they take %.3g ms", what, kernel, len(x), products)
-    return bool(kernel < products)
+    kernel, plain = (do_bench(lambda run=run: run(x, g), return_mode="median") for run in (by_kernel, by_products))
+    logger.info("%s takes %.3g ms for %d tokens, one by one they take %.3g ms", what, kernel, len(x), plain)
+    return bool(kernel < plain)

@@ -1,0 +1,88 @@
+"""⟨g, E_j(x)⟩ by plain matrix products, expert by expert."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts
+
+
+def expert_dots(x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
+    """`densemixer_core.expert_dots`, with the same arguments and result."""
+    weights, layout = oriented(experts), experts.layout
+    x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()
+    stacked = weights.down.shape[0]
+    dots = room_for_dots(x, g, stacked, layout)
+    rows = max(1, workspace_bytes // temporary_bytes(weights, dtype))
+    if x.device.type == "cpu" and dtype.itemsize >= 4 and not torch.compiler.is_compiling():
+        rows = min(rows, _CACHED_ROWS)
+    for expert, row in enumerate(dots[:stacked]):
+        up, down = weights.up[expert].to(dtype), weights.down[expert].to(dtype)
+        up_bias, down_bias = (None if bias is None else bias[expert].to(dtype) for bias in weights[2:4])
+        for x_rows, g_rows, out in zip(*(torch.split(tensor, rows) for tensor in (x, g, row)), strict=True):
+            out.copy_(row_dots(x_rows, g_rows, up, down, up_bias, down_bias, layout, affine))
+    return scaled(dots, weights.scale).t()
+
+
+_CACHED_ROWS = 1024
+"""How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
+graph has one for each number of pieces.)"""
+
+Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""From rows, weights and a bias to their product, for each row with the weights of its expert."""
+
+
+def oriented(experts: StackedExperts) -> ExpertWeights:
+    """The same orientation, [experts, in, out], for both layouts; views, not copies."""
+    weights = experts.weights
+    if experts.layout.transposed:
+        return weights
+    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+
+
+def room_for_dots(x: Tensor, g: Tensor, stacked: int, layout: ExpertLayout) -> Tensor:
+    """Room for the inner products, [experts, tokens], with those of the experts without weights."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    count = stacked + layout.identities + layout.zeros
+    dots = torch.zeros(count, x.shape[0], dtype=accumulate, device=x.device)
+    if layout.identities:
+        dots[stacked : stacked + layout.identities] = torch.linalg.vecdot(x.to(accumulate), g.to(accumulate))
+    return dots
+
+
+def scaled(dots: Tensor, scale: Tensor | None) -> Tensor:
+    """[experts, tokens], in place, by the factors on the first experts' outputs."""
+    if scale is not None:
+        dots[: len(scale)] *= scale.to(dots.dtype).unsqueeze(1)
+    return dots
+
+
+def row_dots(
+    x: Tensor,
+    g: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: ExpertLayout,
+    multiply: Affine,
+) -> Tensor:
+    """The inner product of each row of g, [rows, hidden], with the expert's output for that row of x, [rows]."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    hidden = layout.activation(multiply(x, up, up_bias))
+    if layout.post_norm is not None:
+        return torch.sum(layout.post_norm(multiply(hidden, down, down_bias)) * g, -1, dtype=accumulate)
+    dots = torch.sum(multiply(g, down.mT, None).mul_(hidden), -1, dtype=accumulate)
+    return dots if down_bias is None else dots + torch.sum(g * down_bias, -1, dtype=accumulate)
+
+
+def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+def temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
+    """For one row: the up projection and an activation that makes a few copies of it, or an output and its norm."""
+    return (4 * weights.up.shape[2] + 3 * sum(weights.down.shape[1:])) * dtype.itemsize
