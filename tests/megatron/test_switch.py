@@ -227,11 +227,6 @@ def test_what_is_refused_when_the_configuration_is_made(reason: str) -> None:
     assert attached(layer).layers == []
 
 
-def test_metrics_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"metrics=True doesn't work in Megatron Core"):
-        enable(build(Case()), DenseMixerConfig(metrics=True))
-
-
 @pytest.mark.parametrize(
     ("option", "value"),
     [

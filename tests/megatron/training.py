@@ -176,18 +176,60 @@ def _moe_layers(chunks: Sequence[nn.Module]) -> list[tuple[str, Any]]:
     return [(name if name.startswith("mtp.") else str(layer.layer_number), layer) for name, layer in found]
 
 
-def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
+class Writer:
+    """What Megatron writes its log to, as TensorBoard's and W&B's have it: values by name, of each iteration."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self.log({name: value}, iteration)
+
+    def log(self, values: dict[str, Any], iteration: int) -> None:
+        while len(self.rows) <= iteration:
+            self.rows.append({})
+        self.rows[iteration].update({name: float(value) for name, value in values.items()})
+
+
+def log(config: TransformerConfig, iteration: int, **arguments: Any) -> str:
+    """What Megatron-LM does in each iteration and on every rank.
+
+    Returns:
+        What it adds to the line on the console by that, from 0.17 on.
+    """
+    arguments = {
+        "loss_scale": 1 / SEQUENCES,
+        "iteration": iteration,
+        "force_initialize": True,
+        "track_names": [],  # of the losses of the router: there are none here
+        "num_layers": config.num_layers,
+        "moe_layer_freq": config.moe_layer_freq,
+        "mtp_num_layers": config.mtp_num_layers,
+        **arguments,
+    }
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        track_moe_metrics(**arguments)
+        return ""
+    return get_moe_metrics_tracker().report(**arguments)
+
+
+def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **distributed: Any) -> dict[str, Any]:
     """Each rank trains its layers on its part of a batch.
 
     Args:
         model: The model, or this rank's chunks of it.
         steps: How often weights are updated.
+        loss_scale: What a gradient scaler multiplies the loss by.
         distributed: For Megatron's ``DistributedDataParallelConfig``.
 
     Returns:
         ``losses`` of all steps, on the ranks that hold the last layer; by layer, the ``gradients`` of the routers in
-        the first step and their ``weights`` after the last, [experts, hidden] as lists; and the ``digest`` of losses
-        and trained weights.
+        the first step and their ``weights`` after the last, [experts, hidden] as lists; the ``digest`` of losses and
+        trained weights; and of each step the ``metrics`` in Megatron's log.
     """
     chunks = [model] if isinstance(model, nn.Module) else model
     config = chunks[0].config
@@ -200,6 +242,9 @@ def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
     for chunk in wrapped:
         chunk.broadcast_params()
     config.finalize_model_grads_func = finalize_model_grads
+    if loss_scale is not None:
+        config.grad_scale_func = lambda loss: loss * loss_scale
+    writer = Writer()
     if settings.overlap_grad_reduce:
         config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
     shared = settings.use_distributed_optimizer
@@ -213,7 +258,7 @@ def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of the process; a layer alone leaves another shape in it
     losses: list[float] = []
     gradients: dict[str, Any] = {}
-    for _ in range(steps):
+    for step in range(steps):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
@@ -232,6 +277,8 @@ def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
         with cpu.CudaIsCpu():
             succeeded, _, _ = optimizer.step()
         assert succeeded
+        with cpu.CudaIsCpu():
+            log(config, step, writer=writer, per_layer_logging=True)
         if found:
             loss = torch.stack(found).mean()
             dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
@@ -245,6 +292,7 @@ def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
         "gradients": gradients,
         "weights": {name: layer.router.weight.tolist() for name, layer in _moe_layers(chunks)},
         "digest": hashlib.sha256(repr(losses).encode() + state).hexdigest(),
+        "metrics": writer.rows,
     }
 
 
@@ -261,8 +309,10 @@ def _forward_step(batches: Iterator[tuple[Tensor, ...]], model: Any) -> tuple[Te
     tokens, positions, following = next(batches)
     mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
 
-    def loss(output: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(output: Tensor) -> tuple[Tensor, ...]:
         mean = output.mean() / parallel_state.get_context_parallel_world_size()
+        if model.config.calculate_per_token_loss:
+            return output.sum(), torch.tensor(output.numel(), dtype=torch.int), mean.detach().clone()
         return mean, mean.detach().clone()
 
     return model(tokens, positions, mask, labels=following), loss
