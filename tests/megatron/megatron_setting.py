@@ -535,10 +535,10 @@ def measuring() -> dict[str, dict[str, float]]:
     case = Case(SIGMOID)
     layer = build(case)
     handle = enable(layer, DenseMixerConfig(metrics=True))
-    x, g = batch(case)
+    one, other = batch(case)
     total, rest = torch.zeros(2, EXPERTS, HIDDEN, dtype=torch.float64)
     counts = torch.zeros(EXPERTS, dtype=torch.float64)
-    for x, g in ((x, g), (g, x)):
+    for x, g in ((one, other), (other, one)):
         layer.zero_grad()
         _, index = run(layer, x, g)
         total += truth(layer, x, g, index, "densemixer", torch.float64).router
