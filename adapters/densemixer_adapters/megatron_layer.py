@@ -82,6 +82,7 @@ class MegatronLayer:
         config: The options.
         frozen_was_said: Whether this process has been warned of a frozen router.
         meter: What measures router metrics, from the first training forward on; None without the option ``metrics``.
+        ran: Whether there was a training forward since the meter was read.
         observer: Who is told of each training forward, if anybody.
         loss_scale: What a gradient scaler multiplied the last forward's loss by, a tensor of one element; None for 1.
 
@@ -112,13 +113,9 @@ class MegatronLayer:
         self._running: _Running | None = None
         self._pairs_left_out: Tensor | None = None
         self.meter: LayerMeter | None = None
+        self.ran = False
         self.observer: Observer | None = None
         self.loss_scale: Tensor | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies: what has been measured isn't theirs."""
-        gone = ("meter", "observer", "loss_scale", "_router_input", "_running", "_pairs_left_out")
-        return {**vars(self), **dict.fromkeys(gone)}
 
     @property
     def name(self) -> str:
@@ -225,9 +222,11 @@ class MegatronLayer:
         teaches = self.config.estimator != "conventional"
         if not (teaches or self.config.metrics) or not self.is_selected():
             return routed
-        if self.config.metrics and self.meter is None:
-            self.meter = LayerMeter(self, load=True)
-            watched[next(_order)] = self
+        if self.config.metrics:
+            self.ran = True
+            if self.meter is None:
+                self.meter = LayerMeter(self, load=True)
+                watched[next(_order)] = self
         if self.router_is_frozen:
             if not MegatronLayer.frozen_was_said:
                 warn_of_frozen_routers([self])

@@ -72,12 +72,14 @@ def measure(layers: Sequence[MegatronLayer], pipeline: dist.ProcessGroup | None 
     Collective: all ranks of a model call it, also those that hold none of its layers; all get the same.
 
     Args:
-        layers: Of this rank. Those without a meter don't count.
+        layers: Of this rank. Those that didn't train since then don't count.
         pipeline: The stages of the pipeline; Megatron's global group by default.
     """
-    layers = [layer for layer in layers if layer.meter is not None]
+    layers = [layer for layer in layers if layer.ran]
     ranks = MegatronRanks(layers, pipeline)
     meter = RouterMeter(layers, meters=[layer.meter for layer in layers if layer.meter is not None], ranks=ranks)
+    for layer in layers:
+        layer.ran = False
     places = ranks.all_layers(_places(layers))
     frozen = ranks.all_layers([layer.router_is_frozen for layer in layers])
     values = meter.gradients()

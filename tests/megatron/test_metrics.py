@@ -5,7 +5,6 @@ That they are right under all kinds of routing, and on several ranks, is in `tes
 
 from __future__ import annotations
 
-import copy
 import gc
 from typing import Any
 
@@ -18,7 +17,7 @@ from megatron_setting import Case, batch, build, run
 from torch import Tensor
 from training import Writer, log
 
-from densemixer_adapters.megatron import attached, enable
+from densemixer_adapters.megatron import enable
 from densemixer_core import DenseMixerConfig
 
 NAMES = {
@@ -112,7 +111,7 @@ def test_float16_pairs_left_out() -> None:
     found = handle.metrics()
     assert found["densemixer/pairs_left_out"] > 0
     assert found["densemixer/router_grad_norm"] < float("inf")
-    assert "densemixer/pairs_left_out" not in handle.metrics()
+    assert handle.metrics() == {}
 
 
 def test_each_step_starts_anew() -> None:
@@ -130,6 +129,7 @@ def test_each_step_starts_anew() -> None:
 
 def test_removed_nothing_is_left() -> None:
     layer = build(Case())
+    step(layer)
     before = set(vars(layer.router)), set(vars(layer.token_dispatcher))
     with enable(layer, DenseMixerConfig(metrics=True)) as handle:
         step(layer)
@@ -139,29 +139,16 @@ def test_removed_nothing_is_left() -> None:
     assert not layer.experts._forward_hooks
 
 
-def test_a_copy_measures_for_itself() -> None:
-    layer = build(Case())
-    handle = enable(layer, DenseMixerConfig(metrics=True))
-    step(layer)
-    copied = copy.deepcopy(layer)
-    step(copied)
-    step(copied)
-    whole, twice = handle.metrics(), attached(copied).metrics()
-    norm = "densemixer/router_grad_norm"
-    assert twice[norm] == pytest.approx(2 * whole[norm], rel=1e-5)
-
-
 def tensors() -> int:
     gc.collect()
-    return sum(isinstance(each, Tensor) for each in gc.get_objects())
+    return sum(type(each) is Tensor for each in gc.get_objects())
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-@pytest.mark.parametrize("where", ["experts", "token_dispatcher"])
+@pytest.mark.parametrize(
+    ("where", "recomputed"), [("experts", False), ("experts", True), ("token_dispatcher", False)]
+)
 def test_an_error_in_the_forward_leaves_nothing(where: str, recomputed: bool) -> None:
     """But what Megatron itself leaves."""
-    if recomputed and where == "token_dispatcher":
-        pytest.skip("what communicates there has failed on other ranks too")
     kept = []
     for on in (False, True):
         layer = build(SELECTIVE if recomputed else Case())
