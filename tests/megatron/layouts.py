@@ -129,6 +129,8 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
     }
     found["gathered in parts"] = gathering
     found["metrics"] = measuring
+    if layout.tensor > 1:
+        found["metrics, tokens not split"] = functools.partial(measuring, split=False)
     found["budget"] = drawing if layout.expert_tensor == 1 else refusal
     return found
 

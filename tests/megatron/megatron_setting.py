@@ -335,9 +335,9 @@ class Gradients:
     experts: list[Tensor]
 
 
-def batch(case: Case) -> tuple[Tensor, Tensor]:
-    """This rank's x and g, [sequence, batch, hidden]."""
-    rank = dist.get_rank()
+def batch(case: Case, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """A rank's x and g, [sequence, batch, hidden]; this one's by default."""
+    rank = dist.get_rank() if rank is None else rank
     generator = torch.Generator().manual_seed(100 + rank)
     length = SEQUENCE + (2 * rank if case.uneven else 0)
     x, g = torch.randn(2, length, BATCH, HIDDEN, generator=generator).to(case.dtype)
@@ -530,12 +530,17 @@ def gathering() -> dict[str, float]:
     return {"whole": oracle.worst_error(whole, exact), "parts": oracle.worst_error(parts, exact)}
 
 
-def measuring() -> dict[str, dict[str, float]]:
-    """Router metrics of two micro-batches, and what they are of all ranks' tokens and experts in one process."""
-    case = Case(SIGMOID)
-    layer = build(case)
+def measuring(split: bool = True) -> dict[str, dict[str, float]]:
+    """Router metrics of two micro-batches, and what they are of all ranks' tokens and experts in one process.
+
+    Args:
+        split: Whether ranks that share a tensor have tokens of their own, by sequence parallelism. Without it Megatron
+            doesn't train.
+    """
+    case = Case(SIGMOID if split else {**SIGMOID, "sequence_parallel": False})
+    layer = build(case).train(split)
     handle = enable(layer, DenseMixerConfig(metrics=True))
-    one, other = batch(case)
+    one, other = batch(case, dist.get_rank() if split else parallel_state.get_data_parallel_rank())
     total, rest = torch.zeros(2, EXPERTS, HIDDEN, dtype=torch.float64)
     counts = torch.zeros(EXPERTS, dtype=torch.float64)
     for x, g in ((one, other), (other, one)):
@@ -546,8 +551,9 @@ def measuring() -> dict[str, dict[str, float]]:
         counts += index.flatten().bincount(minlength=EXPERTS)
     for tensor in (total, rest, counts):
         dist.all_reduce(tensor)
-    # Each rank has tokens of its own. Megatron's gradient is a sum over those of a sequence, and a mean over sequences.
-    total, rest = (tensor / parallel_state.get_data_parallel_world_size() for tensor in (total, rest))
+    # Megatron's gradient is a sum over the tokens of a sequence, and a mean over sequences.
+    means = parallel_state.get_data_parallel_world_size() if split else dist.get_world_size()
+    total, rest = total / means, rest / means
     added, shares = (total - rest).norm(), counts / counts.sum()
     exact = {
         "router_grad_norm": total.norm(),

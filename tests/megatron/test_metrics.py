@@ -144,9 +144,7 @@ def tensors() -> int:
     return sum(type(each) is Tensor for each in gc.get_objects())
 
 
-@pytest.mark.parametrize(
-    ("where", "recomputed"), [("experts", False), ("experts", True), ("token_dispatcher", False)]
-)
+@pytest.mark.parametrize(("where", "recomputed"), [("experts", False), ("experts", True), ("token_dispatcher", False)])
 def test_an_error_in_the_forward_leaves_nothing(where: str, recomputed: bool) -> None:
     """But what Megatron itself leaves."""
     kept = []

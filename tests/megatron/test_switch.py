@@ -157,7 +157,7 @@ def test_nothing_is_added_without_gradients() -> None:
     with torch.no_grad():
         output, _ = layer(x)
     assert output.grad_fn is None
-    assert attached(layer).layers[0]._routed is None
+    assert attached(layer).layers[0]._running is None
 
 
 def test_conventional_is_megatrons_own() -> None:
