@@ -217,6 +217,34 @@ def log(config: TransformerConfig, iteration: int, **arguments: Any) -> str:
     return get_moe_metrics_tracker().report(**arguments)
 
 
+def wrap(chunks: Sequence[nn.Module], **distributed: Any) -> tuple[list[Any], Any]:
+    """Megatron's DDP around them, and its optimizer.
+
+    Args:
+        chunks: This rank's part of a model.
+        distributed: For ``DistributedDataParallelConfig``.
+    """
+    config: Any = chunks[0].config
+    settings = DistributedDataParallelConfig(**distributed)
+    wrapped = [
+        # Only the first chunk's gradients are wanted last: Megatron-LM has one bucket for each of the others.
+        DistributedDataParallel(config, settings, chunk, disable_bucketing=position > 0)
+        for position, chunk in enumerate(chunks)
+    ]
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    config.finalize_model_grads_func = finalize_model_grads
+    if settings.overlap_grad_reduce:
+        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+    shared = settings.use_distributed_optimizer
+    options = OptimizerConfig(
+        optimizer="adam", lr=3e-3, min_lr=3e-3, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=shared
+    )
+    with cpu.CudaIsCpu():
+        optimizer = get_megatron_optimizer(options, wrapped)
+    return wrapped, optimizer
+
+
 def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **distributed: Any) -> dict[str, Any]:
     """Each rank trains its layers on its part of a batch.
 
@@ -233,28 +261,10 @@ def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **dis
     """
     chunks = [model] if isinstance(model, nn.Module) else model
     config = chunks[0].config
-    settings = DistributedDataParallelConfig(**distributed)
-    wrapped = [
-        # Only the first chunk's gradients are wanted last: Megatron-LM has one bucket for each of the others.
-        DistributedDataParallel(config, settings, chunk, disable_bucketing=position > 0)
-        for position, chunk in enumerate(chunks)
-    ]
-    for chunk in wrapped:
-        chunk.broadcast_params()
-    config.finalize_model_grads_func = finalize_model_grads
+    wrapped, optimizer = wrap(chunks, **distributed)
     if loss_scale is not None:
         config.grad_scale_func = lambda loss: loss * loss_scale
     writer = Writer()
-    if settings.overlap_grad_reduce:
-        config.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
-    shared = settings.use_distributed_optimizer
-    options = OptimizerConfig(
-        optimizer="adam", lr=3e-3, min_lr=3e-3, weight_decay=0.0, clip_grad=0.0, use_distributed_optimizer=shared
-    )
-    with cpu.CudaIsCpu():
-        optimizer = get_megatron_optimizer(options, wrapped)
-    sequences = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    sequences = sequences.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of the process; a layer alone leaves another shape in it
     losses: list[float] = []
     gradients: dict[str, Any] = {}
@@ -262,16 +272,7 @@ def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **dis
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        with cpu.CudaIsCpu():
-            found = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=[_microbatches(sequences) for _ in wrapped],
-                model=wrapped,
-                num_microbatches=len(sequences),
-                seq_length=LENGTH,
-                micro_batch_size=1,
-                forward_only=False,
-            )
+        found = forward_backward(wrapped)
         if not gradients:
             gradients = {name: layer.router.weight.main_grad.tolist() for name, layer in _moe_layers(chunks)}
         with cpu.CudaIsCpu():
@@ -283,7 +284,7 @@ def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **dis
             loss = torch.stack(found).mean()
             dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             losses.append(loss.item() / parallel_state.get_data_parallel_world_size())
-    if settings.overlap_param_gather:
+    if distributed.get("overlap_param_gather"):
         for chunk in wrapped:
             chunk.start_param_sync(force_sync=True)
     state = b"".join(weight.detach().numpy().tobytes() for chunk in chunks for weight in chunk.parameters())
@@ -294,6 +295,27 @@ def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **dis
         "digest": hashlib.sha256(repr(losses).encode() + state).hexdigest(),
         "metrics": writer.rows,
     }
+
+
+def forward_backward(wrapped: Sequence[Any]) -> list[Tensor]:
+    """Of this rank's part of the batch, one sequence after the other.
+
+    Returns:
+        The losses, on the ranks that hold the last layer.
+    """
+    sequences = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    sequences = sequences.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
+    with cpu.CudaIsCpu():
+        found: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[_microbatches(sequences) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(sequences),
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+    return found
 
 
 def _microbatches(sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:

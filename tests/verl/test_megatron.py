@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -34,10 +35,14 @@ else:
 """
 
 
-@pytest.mark.usefixtures("assets")
-@pytest.mark.skipif(
-    "MEGATRON_CORE" not in os.environ, reason="needs MEGATRON_CORE, a folder with it; run `nox -s verl`"
-)
+pytestmark = [
+    pytest.mark.usefixtures("assets"),
+    pytest.mark.skipif(
+        "MEGATRON_CORE" not in os.environ, reason="needs MEGATRON_CORE, a folder with it; run `nox -s verl`"
+    ),
+]
+
+
 def test_the_key_reaches_the_configuration_of_megatron_core(tmp_path: Path) -> None:
     """verl drops, with a warning, every key that Megatron's class doesn't have."""
     path = os.pathsep.join(filter(None, [os.environ["MEGATRON_CORE"], os.environ.get("PYTHONPATH")]))
@@ -45,3 +50,16 @@ def test_the_key_reaches_the_configuration_of_megatron_core(tmp_path: Path) -> N
     command = [sys.executable, "-c", CONVERT]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_its_engine_reports_router_metrics(tmp_path: Path) -> None:
+    from launch import execute
+
+    first = os.pathsep.join([os.environ["MEGATRON_CORE"], str(Path(__file__).parents[1] / "megatron")])
+    script = Path(__file__).with_name("megatron_engine.py")
+    run = execute(tmp_path / "run", [sys.executable, script], {"FIRST": first}).check()
+    found = json.loads(run.output.splitlines()[-1])
+    assert found["metrics"]["densemixer/router_grad_norm"] == pytest.approx(found["norm"], rel=1e-5)
+    assert 0.01 < found["metrics"]["densemixer/layer_1/router_grad_share_unselected"] < 0.99
+    assert len(found["metrics"]) == 3 * 5  # of two layers, and of both
+    assert found["without"] == {}
