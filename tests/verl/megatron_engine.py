@@ -1,7 +1,7 @@
-"""verl's Megatron engine steps a small model of Megatron Core; the metrics that its worker reports of that.
+"""What verl makes of our field on the way to Megatron Core, and what its Megatron engine reports of a step, as JSON.
 
-The engine is verl's own, but for how it builds a model, which needs a GPU and Megatron-Bridge. Prints JSON: what is
-measured, the norm of the routers' gradients as Megatron has them, and what is reported without the option ``metrics``.
+Engine and worker are verl's own, but for how they build a model, which needs a GPU and Megatron-Bridge: a small model
+of Megatron Core is in its place.
 """
 
 from __future__ import annotations
@@ -18,14 +18,30 @@ dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
 
 import training  # noqa: E402
+from transformers import Qwen3MoeConfig  # noqa: E402
+from verl.models.mcore import hf_to_mcore_config  # noqa: E402
+from verl.workers.config import McoreEngineConfig  # noqa: E402
 from verl.workers.engine.megatron.transformer_impl import MegatronEngineWithLMHead  # noqa: E402
 from verl.workers.engine_workers import TrainingWorker  # noqa: E402
 
 
+def convert(options: Any) -> Any:
+    """The field in what verl converts a model's configuration to, or the error that it ends with."""
+    engine = McoreEngineConfig(override_transformer_config={"moe_densemixer": options})
+    model = Qwen3MoeConfig(num_hidden_layers=2, architectures=["Qwen3MoeForCausalLM"])
+    try:
+        config = hf_to_mcore_config(model, torch.bfloat16, **engine.override_transformer_config)
+    except ValueError as error:
+        return str(error)
+    assert config.num_moe_experts == model.num_experts
+    return config.moe_densemixer
+
+
 def update(options: Any) -> tuple[dict[str, float], float]:
-    """The metrics of one update, and the norm of the routers' gradients."""
+    """The metrics of one update, and the norm of the routers' gradients as Megatron has them."""
     (model,) = chunks = training.build_stage(moe_densemixer=options)
     engine: Any = object.__new__(MegatronEngineWithLMHead)
+    engine.engine_config = McoreEngineConfig()
     engine.module, engine.optimizer = training.wrap(chunks)
     engine.optimizer_zero_grad()
     training.forward_backward(engine.module)
@@ -43,4 +59,11 @@ def update(options: Any) -> tuple[dict[str, float], float]:
 
 if __name__ == "__main__":
     metrics, norm = update({"metrics": True})
-    print(json.dumps({"metrics": metrics, "norm": norm, "without": update(True)[0]}))
+    report = {
+        "converted": convert({"estimator": "centered"}),
+        "misspelt": convert({"estimater": "centered"}),
+        "metrics": metrics,
+        "norm": norm,
+        "without the option": update(True)[0],
+    }
+    print(json.dumps(report))
