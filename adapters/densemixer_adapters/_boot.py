@@ -24,20 +24,27 @@ PATCHES = {
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
     "llamafactory.v1.core.model_engine": "densemixer_adapters.llamafactory:patch_v1_model_engine",
+    "megatron.core.distributed.distributed_data_parallel": "densemixer_adapters.megatron_metrics:patch_data_parallel",
     "megatron.core.models.hybrid.hybrid_model": "densemixer_adapters.megatron:patch_hybrid_model",
     "megatron.core.models.mamba.mamba_model": "densemixer_adapters.megatron:patch_hybrid_model",
+    "megatron.core.transformer.moe.moe_logging": "densemixer_adapters.megatron_metrics:patch_moe_logging",
     "megatron.core.transformer.moe.moe_layer": "densemixer_adapters.megatron:patch_moe_layer",
+    "megatron.core.transformer.moe.moe_utils": "densemixer_adapters.megatron_metrics:patch_moe_utils",
     "megatron.core.transformer.transformer_config": "densemixer_adapters.megatron:patch_transformer_config",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
     "verl.utils.config": "densemixer_adapters.verl:patch_config",
     "verl.workers.config.model": "densemixer_adapters.verl:patch_model_config",
     "verl.workers.engine.base": "densemixer_adapters.verl:patch_engine_registry",
     "verl.workers.engine.fsdp.transformer_impl": "densemixer_adapters.verl:patch_fsdp_engine",
+    "verl.workers.engine.megatron.transformer_impl": "densemixer_adapters.verl:patch_megatron_engine",
     "verl.workers.engine_workers": "densemixer_adapters.verl:patch_training_worker",
 }
 """The exact name of a module, and the function that patches it."""
 
-IN_SOME_VERSIONS = ("megatron.core.models.hybrid.hybrid_model",)
+IN_SOME_VERSIONS = (
+    "megatron.core.models.hybrid.hybrid_model",
+    "megatron.core.transformer.moe.moe_logging",
+)
 """Those of them that some versions of their framework, which we support, don't have."""
 
 PATCHES_IF_ENABLED = {

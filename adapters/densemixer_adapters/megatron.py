@@ -22,6 +22,7 @@ from torch import nn
 
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.megatron_layer import MegatronLayer, attached_layer, warn_of_frozen_routers
+from densemixer_adapters.megatron_metrics import measure, want_metrics
 from densemixer_adapters.megatron_positions import PATTERNS, Selection
 from densemixer_adapters.megatron_refuse import refuse_config
 from densemixer_core import DenseMixerConfig
@@ -92,6 +93,8 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
     layers = [layer for layer in layers if layer.is_selected()]
     for layer in layers:
         layer.attach()
+    if options.metrics:
+        want_metrics()
     logger.log(
         logging.DEBUG if int(os.environ.get("RANK") or 0) else logging.INFO,
         "DenseMixer is attached to %d layers of this rank's part of %s: estimator %s",
@@ -109,6 +112,12 @@ def attached(model: nn.Module | Sequence[nn.Module]) -> MegatronHandle:
     return MegatronHandle([layer for layer in layers if layer is not None])
 
 
+def wants_metrics(model: nn.Module | Sequence[nn.Module]) -> bool:
+    """Whether a model's configuration asks for router metrics: the same on every rank."""
+    options = read_flag(_configuration(_chunks(model)))
+    return options is not None and options.metrics
+
+
 class MegatronHandle:
     """What is attached to a model. Leaving it as a context manager, or `remove`, detaches it.
 
@@ -118,6 +127,14 @@ class MegatronHandle:
 
     def __init__(self, layers: list[MegatronLayer]) -> None:
         self.layers = layers
+
+    def metrics(self) -> dict[str, float]:
+        """Router metrics of the last step: ``densemixer/NAME``, ``densemixer/layer_N/NAME`` with layers from 0.
+
+        For training loops that Megatron Core doesn't log for. Collective: all ranks of the model call it after each
+        step, also those that hold none of its layers; all get the same. Nothing without the option ``metrics``.
+        """
+        return measure(self.layers)
 
     def remove(self) -> None:
         """Leave the model as it was. Does nothing the second time."""
@@ -171,6 +188,8 @@ def patch_transformer_config(module: Any) -> None:
             logger.warning("%s has no effect: the model has no experts (num_moe_experts).", FLAG)
             return
         _refuse_by_flag(self, options)
+        if options.metrics:
+            want_metrics()
         if not getattr(self, "is_hybrid_model", False):  # whose pattern of layers comes with the model
             Selection(self, options)
 

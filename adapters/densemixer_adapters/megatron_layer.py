@@ -10,8 +10,11 @@ draws its share of the pairs that its own experts form with all of these tokens.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import itertools
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -19,8 +22,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.layer import Forward, Observer
+from densemixer_adapters.layer_meter import LayerMeter
 from densemixer_adapters.megatron_positions import Selection
 from densemixer_adapters.megatron_refuse import refuse_router
 from densemixer_core import (
@@ -42,6 +48,32 @@ logger = logging.getLogger("densemixer")
 
 OVERRIDDEN = ("routing", "dispatch_preprocess", "combine_postprocess")
 """What is overridden: the first on the router, the others on the token dispatcher, which sees what the experts see."""
+OBSERVED = "gating"
+"""What is overridden on the router besides, for router metrics: it sees the router's input."""
+
+watched: weakref.WeakValueDictionary[int, MegatronLayer] = weakref.WeakValueDictionary()
+"""The layers of this process that have meters, in the order in which they first ran, which is that of all ranks."""
+_order = itertools.count()
+
+
+@dataclasses.dataclass
+class _Running:
+    """A training forward of a layer, between two of its overridden methods.
+
+    Attributes:
+        router_input: The router's input, [sequence, batch, hidden], for router metrics.
+        logits: What came of it, [sequence, batch, experts].
+        scores: p of all experts, [tokens, experts]; None if DenseMixer adds nothing.
+        index, weights: The selected experts and their weights, [tokens, k] each.
+        x: The experts' input, [..., hidden], once it is known.
+    """
+
+    router_input: Tensor | None
+    logits: Tensor
+    scores: Tensor | None
+    index: Tensor
+    weights: Tensor
+    x: Tensor | None = None
 
 
 class MegatronLayer:
@@ -49,7 +81,12 @@ class MegatronLayer:
 
     Attributes:
         block: The ``MoELayer``.
+        config: The options.
         frozen_was_said: Whether this process has been warned of a frozen router.
+        meter: What measures router metrics, from the first training forward on; None without the option ``metrics``.
+        ran: Whether there was a training forward since the meter was read.
+        observer: Who is told of each training forward, if anybody.
+        loss_scale: What a gradient scaler multiplied the last forward's loss by, a tensor of one element; None for 1.
 
     Args:
         block: The ``MoELayer``.
@@ -62,25 +99,38 @@ class MegatronLayer:
 
     def __init__(self, block: Any, config: DenseMixerConfig, selection: Selection, path: str = "") -> None:
         self.block = block
-        self._config = config
+        self.config = config
         self._selection = selection
         self._path = path
         self._owners = dict(
             zip(OVERRIDDEN, (block.router, block.token_dispatcher, block.token_dispatcher), strict=True)
         )
+        if config.metrics:
+            self._owners[OBSERVED] = block.router
         self._before: dict[str, Any] = {}
         self._block_checked = False
         self._checked = False
-        self._routed: tuple[Tensor, Tensor, Tensor] | None = None  # of the forward that is running
-        self._x: Tensor | None = None
+        self._leaving: list[RemovableHandle] = []
+        self._router_input: Tensor | None = None
+        self._running: _Running | None = None
+        self._pairs_left_out: Tensor | None = None
+        self.meter: LayerMeter | None = None
+        self.ran = False
+        self.observer: Observer | None = None
+        self.loss_scale: Tensor | None = None
 
     @property
     def name(self) -> str:
         """With its number in the whole model: the names of modules count from the pipeline stage's first layer."""
-        prediction = "multi-token prediction, " if getattr(self.block, "is_mtp_layer", False) else ""
+        prediction = "multi-token prediction, " if self.is_for_prediction else ""
         number = "" if self.block.layer_number is None else f" {self.block.layer_number}"
         path = f" ({self._path} on this rank)" if self._path else ""
         return f"{prediction}Mixture-of-Experts layer{number}{path}"
+
+    @property
+    def is_for_prediction(self) -> bool:
+        """Whether it is known to be for multi-token prediction: such a layer is not of the model's own."""
+        return bool(getattr(self.block, "is_mtp_layer", False))
 
     @property
     def router(self) -> nn.Module:
@@ -90,6 +140,16 @@ class MegatronLayer:
     @property
     def router_is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.router.parameters())
+
+    @property
+    def router_is_linear(self) -> bool:
+        return True
+
+    @property
+    def score(self) -> str:
+        """The function that makes scores of the router's logits, see `densemixer_core.routing`."""
+        score: str = self.block.config.moe_router_score_function
+        return score
 
     @property
     def renormalised(self) -> bool:
@@ -118,6 +178,11 @@ class MegatronLayer:
             if name in vars(owner):
                 self._before[name] = vars(owner)[name]
             setattr(owner, name, getattr(self, f"_{name}"))
+        # A recomputation doesn't call the block, only what is in it.
+        self._leaving = [
+            self.block.register_forward_hook(self._after_block, always_call=True),
+            self.block.experts.register_forward_hook(self._after_experts, always_call=True),
+        ]
 
     def remove(self) -> None:
         """Leave the layer as it was. Does nothing the second time."""
@@ -126,59 +191,91 @@ class MegatronLayer:
                 delattr(owner, name)
                 if name in self._before:
                     setattr(owner, name, self._before[name])
-        self._routed = self._x = None
+        for hook in self._leaving:
+            hook.remove()
+        self.meter = self.observer = None
+        self._forget()
+
+    def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._forget()
+
+    def _after_experts(self, experts: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if output is None:  # they have raised an error
+            self._forget()
+
+    def _forget(self) -> None:
+        self._router_input = self._running = None
 
     def _host(self, name: str) -> Callable[..., Any]:
         """The method that we override, as it is now: others patch its class."""
         owner = self._owners[name]
         return self._before.get(name) or functools.partial(getattr(type(owner), name), owner)
 
+    def _gating(self, router_input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._router_input = router_input.detach() if torch.is_grad_enabled() else None
+        return self._host("gating")(router_input, *args, **kwargs)
+
     def _routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+        router_input = self._router_input
+        self._forget()
         probs, routing_map = routed = self._host("routing")(logits, *args, **kwargs)
-        self._routed = self._x = None
-        if self._config.estimator == "conventional" or not (torch.is_grad_enabled() and logits.requires_grad):
+        if not (torch.is_grad_enabled() and logits.requires_grad):
             return routed
-        if not self.is_selected():
+        teaches = self.config.estimator != "conventional"
+        if not (teaches or self.config.metrics) or not self.is_selected():
             return routed
+        if self.config.metrics:
+            self.ran = True
+            if self.meter is None:
+                self.meter = LayerMeter(self, load=True)
+                watched[next(_order)] = self
         if self.router_is_frozen:
             if not MegatronLayer.frozen_was_said:
                 warn_of_frozen_routers([self])
             return routed
-        scores = router_scores(logits.reshape(-1, logits.shape[-1]), self.block.config.moe_router_score_function)
         index = routing_map.to(torch.uint8).topk(self.block.router.topk, -1).indices
         weights = probs.detach().gather(-1, index)
-        if not self._checked:
-            self._check(scores, index, weights)
-        self._routed = scores, index, weights
+        scores = None
+        if teaches:
+            scores = router_scores(logits.reshape(-1, logits.shape[-1]), self.score)
+            if not self._checked:
+                self._check(scores, index, weights)
+        self._running = _Running(router_input, logits, scores, index, weights)
         return routed
 
     def _dispatch_preprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._block_checked:
             self.check_block()
-        if self._routed is not None:
-            self._x = hidden_states.detach()
+        if self._running is not None:
+            self._running.x = hidden_states.detach()
         return self._host("dispatch_preprocess")(hidden_states, *args, **kwargs)
 
     def _combine_postprocess(self, *args: Any, **kwargs: Any) -> Any:
-        routed, x = self._routed, self._x
-        self._routed = self._x = None
-        if routed is None or x is None:
+        running = self._running
+        self._forget()
+        if running is None or running.x is None:
             return self._host("combine_postprocess")(*args, **kwargs)
-        scores, index, weights = routed
         with _shared_experts_apart(self.block.token_dispatcher) as shared:
             output = self._host("combine_postprocess")(*args, **kwargs)
-        output = straight_through(
-            output,
-            scores,
-            x=x,
-            index=index,
-            weights=weights,
-            experts=self._dots,
-            score=self.block.config.moe_router_score_function,
-            renormalised=self.renormalised,
-            config=self._config,
-            epsilon=self.epsilon,
-        )
+        scores = running.scores
+        if self.observer is not None:
+            self.loss_scale = _loss_scale(self.block.config, output.device)
+            forward = Forward(running.router_input, running.logits, False, running.x, running.index)
+            output, scores = self.observer(forward, output, scores)
+        if scores is not None:
+            output = straight_through(
+                output,
+                scores,
+                x=running.x,
+                index=running.index,
+                weights=running.weights,
+                experts=self._dots,
+                score=self.score,
+                renormalised=self.renormalised,
+                config=self.config,
+                epsilon=self.epsilon,
+                listener=self,
+            )
         return output + shared[0].view_as(output) if shared else output
 
     def _dots(self, x: Tensor, g: Tensor, known: Known | None) -> Tensor:
@@ -192,10 +289,22 @@ class MegatronLayer:
             count=self.block.config.num_moe_experts,
             selected=self.block.router.topk,
             group=self.block.token_dispatcher.tp_ep_group,
-            budget=self._config.budget,
-            seed=self._config.seed,
-            workspace_bytes=self._config.workspace_mb << 20,
+            budget=self.config.budget,
+            seed=self.config.seed,
+            workspace_bytes=self.config.workspace_mb << 20,
         )
+
+    def pairs_left_out(self, count: Tensor) -> None:
+        """Called by the core in float16."""
+        self._pairs_left_out = count if self._pairs_left_out is None else self._pairs_left_out + count
+
+    def experts_written_to(self) -> None:
+        """Not called by the core: the experts are read in the backward alone."""
+
+    def take_pairs_left_out(self) -> Tensor | None:
+        """How many pairs overflowed in float16 since this was last called, a scalar; None if nothing was counted."""
+        count, self._pairs_left_out = self._pairs_left_out, None
+        return count
 
     def is_selected(self) -> bool:
         """Whether the option `layers` selects this one. Its number may not be known before the first forward."""
@@ -207,9 +316,15 @@ class MegatronLayer:
         except RoutingMismatchError as error:
             raise RoutingMismatchError(
                 f"{self.name}: DenseMixer takes its router's scores to be the "
-                f"{self.block.config.moe_router_score_function} of the logits, but {error}. This version of Megatron "
+                f"{self.score} of the logits, but {error}. This version of Megatron "
                 "Core, or a patch of it, routes differently; the gradient would be wrong. Switch DenseMixer off."
             ) from None
+
+
+def _loss_scale(config: Any, device: torch.device) -> Tensor | None:
+    """What Megatron multiplies the loss by now, for half precision."""
+    scale = config.grad_scale_func
+    return None if scale is None else scale(torch.ones(1, device=device))
 
 
 @contextlib.contextmanager

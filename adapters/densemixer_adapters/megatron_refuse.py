@@ -84,11 +84,6 @@ def refuse_config(config: Any, options: DenseMixerConfig) -> None:
             "would have to draw the same pairs"
         )
         fix = "set expert_tensor_parallel_size to 1, or the budget"
-    if options.metrics:
-        reason = (
-            "metrics=True doesn't work in Megatron Core: router metrics are for the HF Trainer and verl's FSDP engines"
-        )
-        fix = "drop the option"
     if reason:
         raise UnsupportedModelError(
             f"DenseMixer can't train this model: {reason}. Either {fix}, or switch DenseMixer off."

@@ -6,7 +6,8 @@ The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the f
 in ``…megatron.override_transformer_config``.
 
 Each update's metrics have the norm of the routers' gradient and the share of unselected experts in it; with the option
-``metrics`` all router metrics, by layer too, for one forward more of a micro-batch, without gradients.
+``metrics`` all router metrics, by layer too, for one forward more of a micro-batch, without gradients. The engine
+``megatron`` has metrics with that option alone, those that need no further forward.
 
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
@@ -29,6 +30,8 @@ from densemixer_adapters import _boot
 from densemixer_adapters.announce import describe
 from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
+from densemixer_adapters.megatron import attached as attached_to_megatron
+from densemixer_adapters.megatron import wants_metrics
 from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
 from densemixer_adapters.metrics import RouterMeter
 from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
@@ -224,6 +227,21 @@ def patch_fsdp_engine(module: Any) -> None:
     engine.optimizer_step = optimizer_step
 
 
+def patch_megatron_engine(module: Any) -> None:
+    """Measure where the engine steps. Its model has DenseMixer by its configuration."""
+    engine = module.MegatronEngine
+    step = engine.optimizer_step
+
+    @functools.wraps(step)
+    def optimizer_step(self: Any) -> Any:
+        norm = step(self)
+        if wants_metrics(self.module):
+            self._densemixer_measured = attached_to_megatron(self.module).metrics()
+        return norm
+
+    engine.optimizer_step = optimizer_step
+
+
 def patch_training_worker(module: Any) -> None:
     """Report the measurements beside verl's own metrics of an update."""
     worker = module.TrainingWorker
@@ -232,9 +250,9 @@ def patch_training_worker(module: Any) -> None:
     @functools.wraps(original)
     def _postprocess_output(self: Any, output: Any, *, forward_only: bool, **kwargs: Any) -> Any:
         result = original(self, output, forward_only=forward_only, **kwargs)
-        attached = _attached(self.engine)
-        if attached is not None and not forward_only:
-            result.set_non_tensor("metrics", {**result["metrics"], **attached.measured})
+        measured = _measured(self.engine)
+        if measured and not forward_only:
+            result.set_non_tensor("metrics", {**result["metrics"], **measured})
         return result
 
     worker._postprocess_output = _postprocess_output
@@ -262,6 +280,12 @@ def _value(override_config: Mapping[str, Any]) -> Any:
 
 def _attached(engine: Any) -> UpdateMetrics | None:
     return getattr(engine, "_densemixer", None)
+
+
+def _measured(engine: Any) -> dict[str, float]:
+    attached = _attached(engine)
+    measured: dict[str, float] = getattr(engine, "_densemixer_measured", {}) if attached is None else attached.measured
+    return measured
 
 
 def _without_our_key(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:

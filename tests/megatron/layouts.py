@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, refusal
+from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, measuring, refusal
 from torch import multiprocessing
 
 
@@ -95,14 +95,21 @@ TRAININGS = {
     "PP2, interleaved": Training(Layout(2, pipeline=2, chunks=2), FOUR),
     "PP2, hybrid": Training(Layout(2, pipeline=2), HYBRID, since=HYBRID_EXPERTS),
     "PP2, hybrid, some layers": Training(
-        Layout(2, pipeline=2), {**HYBRID, "moe_densemixer": {"layers": [0, -1]}}, since=HYBRID_EXPERTS, untaught=("4",)
+        Layout(2, pipeline=2),
+        {**HYBRID, "moe_densemixer": {"layers": [0, -1], "metrics": True}},
+        since=HYBRID_EXPERTS,
+        untaught=("4",),
     ),
     "PP2, some layers": Training(
         Layout(2, pipeline=2),
-        {**FOUR, "moe_layer_freq": [0, 1, 1, 1], "moe_densemixer": {"layers": "::2"}},
+        {**FOUR, "moe_layer_freq": [0, 1, 1, 1], "moe_densemixer": {"layers": "::2", "metrics": True}},
         untaught=("3",),
     ),
+    "PP2, experts in one stage": Training(
+        Layout(2, pipeline=2), {**FOUR, "moe_layer_freq": [0, 0, 0, 1], "moe_densemixer": {"metrics": True}}
+    ),
     "CP2": Training(Layout(2, context=2), {"own_values": True}),
+    "CP2, loss per token": Training(Layout(2, context=2), {"own_values": True, "calculate_per_token_loss": True}),
     "PP2 EP2": Training(Layout(4, pipeline=2, expert=2)),
     "PP2 EP2, interleaved, distributed optimizer": Training(
         Layout(4, pipeline=2, chunks=2, expert=2), FOUR, {"use_distributed_optimizer": True}
@@ -121,13 +128,17 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
         if case.exists
     }
     found["gathered in parts"] = gathering
+    found["metrics"] = measuring
+    if layout.tensor > 1:
+        found["metrics, tokens not split"] = functools.partial(measuring, split=False)
     found["budget"] = drawing if layout.expert_tensor == 1 else refusal
     return found
 
 
 def train(way: Training) -> dict[str, Any]:
     """On this rank."""
-    return training.train(training.build_stage(**{"moe_densemixer": True, **way.model}), steps=3, **way.distributed)
+    model = training.build_stage(**{"moe_densemixer": {"metrics": True}, **way.model})
+    return training.train(model, steps=3, **way.distributed)
 
 
 def run(rank: int, processes: int, store: str, report: Path) -> None:

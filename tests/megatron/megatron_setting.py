@@ -195,6 +195,8 @@ class Report:
         difference: ‖router gradient with − without‖ / ‖without‖.
         same_output: Whether the output is bitwise the same with and without.
         same_experts: Whether the gradients of the experts are bitwise the same with and without.
+        same_measured: Whether output and gradients are bitwise the same while router metrics are measured.
+        norm: The error of the measured norm of the router's gradient, over the norm.
     """
 
     errors: dict[str, float]
@@ -202,6 +204,8 @@ class Report:
     difference: float
     same_output: bool
     same_experts: bool
+    same_measured: bool
+    norm: float
 
 
 @functools.cache
@@ -331,9 +335,9 @@ class Gradients:
     experts: list[Tensor]
 
 
-def batch(case: Case) -> tuple[Tensor, Tensor]:
-    """This rank's x and g, [sequence, batch, hidden]."""
-    rank = dist.get_rank()
+def batch(case: Case, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """A rank's x and g, [sequence, batch, hidden]; this one's by default."""
+    rank = dist.get_rank() if rank is None else rank
     generator = torch.Generator().manual_seed(100 + rank)
     length = SEQUENCE + (2 * rank if case.uneven else 0)
     x, g = torch.randn(2, length, BATCH, HIDDEN, generator=generator).to(case.dtype)
@@ -412,6 +416,12 @@ def check(case: Case, dispatcher: str) -> Report:
     enable(layer, DenseMixerConfig(case.estimator, budget=case.budget))
     ours, same_index = run(layer, x, g)
     assert torch.equal(index, same_index)
+    layer = build(case, dispatcher)
+    handle = enable(layer, DenseMixerConfig(case.estimator, budget=case.budget, metrics=True))
+    measured, _ = run(layer, x, g)
+    whole = measured.router.clone()
+    dist.all_reduce(whole)
+    norm = (whole / parallel_state.get_data_parallel_world_size()).norm().item()
 
     exact = truth(layer, x, g, index, case.estimator, torch.float64)
     if case.host_adds:
@@ -424,6 +434,8 @@ def check(case: Case, dispatcher: str) -> Report:
         oracle.relative_error(ours.router, without.router),
         torch.equal(ours.output, without.output),
         all(torch.equal(*pair) for pair in zip(ours.experts, without.experts, strict=True)),
+        all(torch.equal(*pair) for pair in zip(tensors(ours), tensors(measured), strict=True)),
+        abs(handle.metrics()["densemixer/router_grad_norm"] - norm) / norm,
     )
     for gradient in ours.experts:
         dist.all_reduce(gradient, group=parallel_state.get_expert_data_parallel_group())
@@ -435,6 +447,10 @@ def check(case: Case, dispatcher: str) -> Report:
         errors = compare(dense, exact, oracle.relative_error, case)
         report.allowed = {name: 1.1 * error + torch.finfo(case.dtype).eps for name, error in errors.items()}
     return report
+
+
+def tensors(of: Gradients) -> list[Tensor]:
+    return [of.output, of.router, of.x, *of.experts]
 
 
 def compare(
@@ -512,3 +528,38 @@ def gathering() -> dict[str, float]:
     gates, ups = torch.einsum("th,ewh->tew", x.double(), up).chunk(2, -1)
     exact = torch.einsum("tew,ehw,th->te", F.silu(gates) * ups, down, g.double())
     return {"whole": oracle.worst_error(whole, exact), "parts": oracle.worst_error(parts, exact)}
+
+
+def measuring(split: bool = True) -> dict[str, dict[str, float]]:
+    """Router metrics of two micro-batches, and what they are of all ranks' tokens and experts in one process.
+
+    Args:
+        split: Whether ranks that share a tensor have tokens of their own, by sequence parallelism. Without it Megatron
+            doesn't train.
+    """
+    case = Case(SIGMOID if split else {**SIGMOID, "sequence_parallel": False})
+    layer = build(case).train(split)
+    handle = enable(layer, DenseMixerConfig(metrics=True))
+    one, other = batch(case, dist.get_rank() if split else parallel_state.get_data_parallel_rank())
+    total, rest = torch.zeros(2, EXPERTS, HIDDEN, dtype=torch.float64)
+    counts = torch.zeros(EXPERTS, dtype=torch.float64)
+    for x, g in ((one, other), (other, one)):
+        layer.zero_grad()
+        _, index = run(layer, x, g)
+        total += truth(layer, x, g, index, "densemixer", torch.float64).router
+        rest += truth(layer, x, g, index, "conventional", torch.float64).router
+        counts += index.flatten().bincount(minlength=EXPERTS)
+    for tensor in (total, rest, counts):
+        dist.all_reduce(tensor)
+    # Megatron's gradient is a sum over the tokens of a sequence, and a mean over sequences.
+    means = parallel_state.get_data_parallel_world_size() if split else dist.get_world_size()
+    total, rest = total / means, rest / means
+    added, shares = (total - rest).norm(), counts / counts.sum()
+    exact = {
+        "router_grad_norm": total.norm(),
+        "router_grad_share_unselected": added / (added + rest.norm()),
+        "router_grad_cosine_conventional": F.cosine_similarity(total.flatten(), rest.flatten(), 0),
+        "load_entropy": -(shares * shares.log()).sum() / torch.tensor(EXPERTS).log(),
+        "load_max_over_mean": shares.max() * EXPERTS,
+    }
+    return {"found": handle.metrics(), "exact": {name: float(value) for name, value in exact.items()}}

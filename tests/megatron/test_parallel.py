@@ -22,7 +22,7 @@ from megatron_setting import has
 from training import DEAD
 
 CELLS = [(layout, cell) for layout in LAYOUTS for cell in cells(LAYOUTS[layout])]
-BUDGET = "budget"
+BUDGET, METRICS = "budget", "metrics"
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def found(layout: str, cell: str) -> list[Any]:
     return ranks
 
 
-@pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if each[1] != BUDGET])
+@pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if each[1] != BUDGET and METRICS not in each[1]])
 def test_gradients(layout: str, cell: str) -> None:
     for result in found(layout, cell):
         if cell == "gathered in parts":
@@ -56,6 +56,8 @@ def test_gradients(layout: str, cell: str) -> None:
         assert result["difference"] > 0.1, result
         assert result["same_output"], result
         assert result["same_experts"], result
+        assert result["same_measured"], result
+        assert result["norm"] < 1e-5, result
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -69,6 +71,15 @@ def test_a_budget(layout: str) -> None:
         assert result["mean"] < 0.15, result
         assert result["draw"] > 3 * result["mean"], result
         assert result["bias"] < 5, result  # the largest of some 200 normal variables over all cells
+
+
+@pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if METRICS in each[1]])
+def test_router_metrics(layout: str, cell: str) -> None:
+    for result in found(layout, cell):
+        exact = result["exact"]
+        assert 0.01 < exact["router_grad_share_unselected"] < 0.99
+        names = {f"densemixer/{place}{name}": value for name, value in exact.items() for place in ("", "layer_0/")}
+        assert result["found"] == pytest.approx(names, rel=1e-5)
 
 
 @functools.cache
@@ -87,6 +98,8 @@ def test_a_model_trains_as_in_one_process(name: str) -> None:
     ranks = found(f"training, {name}", "")
     assert set(exact["weights"]) == {layer for result in ranks for layer in result["weights"]}
     assert any(result["losses"] for result in ranks)
+    if "without DenseMixer" not in name:
+        assert_metrics_are_of(exact, way.untaught)
     for result in ranks:
         if not way.distributed:  # a distributed optimizer leaves a rank with the gradients of its part alone
             for layer, gradient in result["gradients"].items():
@@ -97,3 +110,23 @@ def test_a_model_trains_as_in_one_process(name: str) -> None:
         for layer, weights in result["weights"].items():
             assert torch.allclose(torch.tensor(weights), torch.tensor(exact["weights"][layer]), atol=1e-4)
         assert not result["losses"] or result["losses"] == pytest.approx(exact["losses"], rel=1e-4)
+        assert_same_metrics(result["metrics"], exact["metrics"])
+
+
+def assert_metrics_are_of(exact: dict[str, Any], untaught: tuple[str, ...]) -> None:
+    """In the first step, those of one process are those of Megatron's own gradients."""
+    metrics = exact["metrics"][0]
+    numbers = [name for name in exact["gradients"] if name not in untaught]
+    places = [f"mtp_layer_{name.split('.')[2]}" if "." in name else f"layer_{int(name) - 1}" for name in numbers]
+    norms = {place: torch.tensor(exact["gradients"][name]).norm() for place, name in zip(places, numbers, strict=True)}
+    assert {name.split("/")[1] for name in metrics if name.count("/") == 2} == set(norms)
+    for place, norm in norms.items():
+        assert metrics[f"densemixer/{place}/router_grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    whole = torch.stack(list(norms.values())).norm().item()
+    assert metrics["densemixer/router_grad_norm"] == pytest.approx(whole, rel=1e-4)
+
+
+def assert_same_metrics(rows: list[dict[str, float]], exact: list[dict[str, float]]) -> None:
+    """Of all steps. Later ones are those of weights that rounding has moved a little apart."""
+    for step, (row, alone_row) in enumerate(zip(rows, exact, strict=True)):
+        assert row == pytest.approx(alone_row, rel=1e-4 if step == 0 else 0.05), step

@@ -157,7 +157,7 @@ def test_nothing_is_added_without_gradients() -> None:
     with torch.no_grad():
         output, _ = layer(x)
     assert output.grad_fn is None
-    assert attached(layer).layers[0]._routed is None
+    assert attached(layer).layers[0]._running is None
 
 
 def test_conventional_is_megatrons_own() -> None:
@@ -225,11 +225,6 @@ def test_what_is_refused_when_the_configuration_is_made(reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):
         enable(layer)
     assert attached(layer).layers == []
-
-
-def test_metrics_are_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match=r"metrics=True doesn't work in Megatron Core"):
-        enable(build(Case()), DenseMixerConfig(metrics=True))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from training import DEAD, build, train
 
 from densemixer_adapters.megatron import enable
 
+MEASURED = {"metrics": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 SELECTIVE = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
 
@@ -35,6 +36,11 @@ assert "densemixer_core" not in sys.modules
 @pytest.fixture(scope="module")
 def on() -> dict[str, Any]:
     return train(build(moe_densemixer=True))
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, Any]:
+    return train(build(moe_densemixer=MEASURED))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,7 @@ def test_experts_that_are_never_selected_teach_the_router(on: dict[str, Any], of
 
 
 def test_without_the_flag_nothing_changes(off: dict[str, Any]) -> None:
-    """The bits of losses, gradients and weights are those of a process that knows nothing of DenseMixer."""
+    """The bits of losses, gradients and weights are those of a process without DenseMixer, and so is the log."""
     environment = {**os.environ, "DENSEMIXER_BOOT": "0", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", WITHOUT_US]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
@@ -68,8 +74,21 @@ def test_without_the_flag_nothing_changes(off: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("recompute", [FULL, SELECTIVE], ids=["full", "selective"])
-def test_recomputation_changes_nothing(on: dict[str, Any], recompute: dict[str, Any]) -> None:
-    assert train(build(moe_densemixer=True, **recompute)) == on
+def test_recomputation_changes_nothing(measured: dict[str, Any], recompute: dict[str, Any]) -> None:
+    """What is measured of the routers is the same too."""
+    assert train(build(moe_densemixer=MEASURED, **recompute)) == measured
+
+
+def test_what_is_measured_changes_nothing(on: dict[str, Any], measured: dict[str, Any]) -> None:
+    assert measured["digest"] == on["digest"]
+    assert not any(on["metrics"])
+    assert all(len(row) == 3 * 5 for row in measured["metrics"])  # of two layers, and of both
+
+
+def test_the_scale_of_the_loss_is_taken_out(measured: dict[str, Any]) -> None:
+    """As the optimizer does it in half precision, after the gradients were made."""
+    scaled = train(build(moe_densemixer=MEASURED), steps=1, loss_scale=1024.0)["metrics"][0]
+    assert scaled == pytest.approx(measured["metrics"][0], rel=1e-5)
 
 
 def test_enable_does_what_the_flag_does(on: dict[str, Any]) -> None:

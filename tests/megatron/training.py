@@ -176,21 +176,55 @@ def _moe_layers(chunks: Sequence[nn.Module]) -> list[tuple[str, Any]]:
     return [(name if name.startswith("mtp.") else str(layer.layer_number), layer) for name, layer in found]
 
 
-def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
-    """Each rank trains its layers on its part of a batch.
+class Writer:
+    """What Megatron writes its log to, as TensorBoard's and W&B's have it: values by name, of each iteration."""
 
-    Args:
-        model: The model, or this rank's chunks of it.
-        steps: How often weights are updated.
-        distributed: For Megatron's ``DistributedDataParallelConfig``.
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def add_scalar(self, name: str, value: Any, iteration: int) -> None:
+        self.log({name: value}, iteration)
+
+    def log(self, values: dict[str, Any], iteration: int) -> None:
+        while len(self.rows) <= iteration:
+            self.rows.append({})
+        self.rows[iteration].update({name: float(value) for name, value in values.items()})
+
+
+def log(config: TransformerConfig, iteration: int, **arguments: Any) -> str:
+    """What Megatron-LM does in each iteration and on every rank.
 
     Returns:
-        ``losses`` of all steps, on the ranks that hold the last layer; by layer, the ``gradients`` of the routers in
-        the first step and their ``weights`` after the last, [experts, hidden] as lists; and the ``digest`` of losses
-        and trained weights.
+        What it adds to the line on the console by that, from 0.17 on.
     """
-    chunks = [model] if isinstance(model, nn.Module) else model
-    config = chunks[0].config
+    arguments = {
+        "loss_scale": 1 / SEQUENCES,
+        "iteration": iteration,
+        "force_initialize": True,
+        "track_names": [],  # of the losses of the router: there are none here
+        "num_layers": config.num_layers,
+        "moe_layer_freq": config.moe_layer_freq,
+        "mtp_num_layers": config.mtp_num_layers,
+        **arguments,
+    }
+    try:
+        from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    except ImportError:
+        from megatron.core.transformer.moe.moe_utils import track_moe_metrics
+
+        track_moe_metrics(**arguments)
+        return ""
+    return get_moe_metrics_tracker().report(**arguments)
+
+
+def wrap(chunks: Sequence[nn.Module], **distributed: Any) -> tuple[list[Any], Any]:
+    """Megatron's DDP around them, and its optimizer.
+
+    Args:
+        chunks: This rank's part of a model.
+        distributed: For ``DistributedDataParallelConfig``.
+    """
+    config: Any = chunks[0].config
     settings = DistributedDataParallelConfig(**distributed)
     wrapped = [
         # Only the first chunk's gradients are wanted last: Megatron-LM has one bucket for each of the others.
@@ -208,35 +242,49 @@ def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
     )
     with cpu.CudaIsCpu():
         optimizer = get_megatron_optimizer(options, wrapped)
-    sequences = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
-    sequences = sequences.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
+    return wrapped, optimizer
+
+
+def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **distributed: Any) -> dict[str, Any]:
+    """Each rank trains its layers on its part of a batch.
+
+    Args:
+        model: The model, or this rank's chunks of it.
+        steps: How often weights are updated.
+        loss_scale: What a gradient scaler multiplies the loss by.
+        distributed: For Megatron's ``DistributedDataParallelConfig``.
+
+    Returns:
+        ``losses`` of all steps, on the ranks that hold the last layer; by layer, the ``gradients`` of the routers in
+        the first step and their ``weights`` after the last, [experts, hidden] as lists; the ``digest`` of losses and
+        trained weights; and of each step the ``metrics`` in Megatron's log.
+    """
+    chunks = [model] if isinstance(model, nn.Module) else model
+    config = chunks[0].config
+    wrapped, optimizer = wrap(chunks, **distributed)
+    if loss_scale is not None:
+        config.grad_scale_func = lambda loss: loss * loss_scale
+    writer = Writer()
     MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of the process; a layer alone leaves another shape in it
     losses: list[float] = []
     gradients: dict[str, Any] = {}
-    for _ in range(steps):
+    for step in range(steps):
         for chunk in wrapped:
             chunk.zero_grad_buffer()
         optimizer.zero_grad()
-        with cpu.CudaIsCpu():
-            found = get_forward_backward_func()(
-                forward_step_func=_forward_step,
-                data_iterator=[_microbatches(sequences) for _ in wrapped],
-                model=wrapped,
-                num_microbatches=len(sequences),
-                seq_length=LENGTH,
-                micro_batch_size=1,
-                forward_only=False,
-            )
+        found = forward_backward(wrapped)
         if not gradients:
             gradients = {name: layer.router.weight.main_grad.tolist() for name, layer in _moe_layers(chunks)}
         with cpu.CudaIsCpu():
             succeeded, _, _ = optimizer.step()
         assert succeeded
+        with cpu.CudaIsCpu():
+            log(config, step, writer=writer, per_layer_logging=True)
         if found:
             loss = torch.stack(found).mean()
             dist.all_reduce(loss, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
             losses.append(loss.item() / parallel_state.get_data_parallel_world_size())
-    if settings.overlap_param_gather:
+    if distributed.get("overlap_param_gather"):
         for chunk in wrapped:
             chunk.start_param_sync(force_sync=True)
     state = b"".join(weight.detach().numpy().tobytes() for chunk in chunks for weight in chunk.parameters())
@@ -245,7 +293,29 @@ def train(model: Any, steps: int = STEPS, **distributed: Any) -> dict[str, Any]:
         "gradients": gradients,
         "weights": {name: layer.router.weight.tolist() for name, layer in _moe_layers(chunks)},
         "digest": hashlib.sha256(repr(losses).encode() + state).hexdigest(),
+        "metrics": writer.rows,
     }
+
+
+def forward_backward(wrapped: Sequence[Any]) -> list[Tensor]:
+    """Of this rank's part of the batch, one sequence after the other.
+
+    Returns:
+        The losses, on the ranks that hold the last layer.
+    """
+    sequences = torch.randint(VOCABULARY, (SEQUENCES, LENGTH + 1), generator=torch.Generator().manual_seed(0))
+    sequences = sequences.chunk(parallel_state.get_data_parallel_world_size())[parallel_state.get_data_parallel_rank()]
+    with cpu.CudaIsCpu():
+        found: list[Tensor] = get_forward_backward_func()(
+            forward_step_func=_forward_step,
+            data_iterator=[_microbatches(sequences) for _ in wrapped],
+            model=wrapped,
+            num_microbatches=len(sequences),
+            seq_length=LENGTH,
+            micro_batch_size=1,
+            forward_only=False,
+        )
+    return found
 
 
 def _microbatches(sequences: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -261,8 +331,10 @@ def _forward_step(batches: Iterator[tuple[Tensor, ...]], model: Any) -> tuple[Te
     tokens, positions, following = next(batches)
     mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
 
-    def loss(output: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(output: Tensor) -> tuple[Tensor, ...]:
         mean = output.mean() / parallel_state.get_context_parallel_world_size()
+        if model.config.calculate_per_token_loss:
+            return output.sum(), torch.tensor(output.numel(), dtype=torch.int), mean.detach().clone()
         return mean, mean.detach().clone()
 
     return model(tokens, positions, mask, labels=following), loss
