@@ -1,7 +1,7 @@
 """Pages that stand elsewhere in the repository are part of the site, and their links lead where they lead on the disk.
 
-The site has the folder `docs` at its root, and the files of `ELSEWHERE` at their own paths below it. A link is written as
-it is right in the repository, so that it works there too; here it becomes right in the site.
+The site has the folder `docs` at its root, and the files of `ELSEWHERE` at their own paths below it. Links are written
+as they are right in the repository, so that they work there too; here they become right in the site.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ def sampled_dots(
     nothing, so all their pairs are evaluated, on top of ``count``.
 
     Args:
-        x, g, experts, dtype: As in `expert_dots`.
+        x: As in `expert_dots`, and so are ``g``, ``experts`` and ``dtype``.
         sensitivity: How much the inner product of each pair matters, [tokens, experts]; pairs with zero are left out.
         count: How many pairs are evaluated.
         seed: Chooses the draw, see `sampling.draw_pairs`.

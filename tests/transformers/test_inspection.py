@@ -219,7 +219,7 @@ def test_every_supported_architecture_has_a_cost() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "ratio", "checkpointed"),
-    [(4096, 3.5, 2.9), (40960, 1.9, 1.7)],  # the README's
+    [(4096, 3.5, 2.9), (40960, 1.9, 1.7)],  # those that docs/cost.md has
 )
 def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> None:
     status, found = run("cost", large, "--seq-len", tokens)
