@@ -99,6 +99,7 @@ def original(session: nox.Session) -> None:
 RUN_ONCE = (
     "running/test_examples.py",
     "running/test_metrics_on_ranks.py",
+    "transformers/test_commands_on_pages.py",
     "transformers/test_float16_overflow.py",
     "transformers/test_function_transforms.py",
     "transformers/test_in_place.py",

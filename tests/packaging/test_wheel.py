@@ -1,4 +1,4 @@
-"""What the built distributions contain, that they may be released, and that both ways of installing give both packages."""
+"""What the built distributions contain, that they may be released, and that both ways of installing work."""
 
 from __future__ import annotations
 
