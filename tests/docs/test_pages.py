@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def everything_named(pattern: str) -> set[tuple[str, str]]:
 
 def test_the_readme_is_one_page() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
+
+
+def test_the_costs_of_the_readme_are_those_of_the_page() -> None:
+    """Which another test compares with the command."""
+    printed = [block.text for block in COMMANDS if "densemixer cost" in block.text]
+    short, long = ([line.split() for line in text.splitlines() if re.match(r"[01](\.\d+)? ", line)] for text in printed)
+    rows = [(Fraction(a[0]), *a[1:4], b[2]) for a, b in zip(short, long, strict=True)]
+    table = re.findall(r"^\| (1|1/\d+) \|(.*)\|$", TEXTS[REPOSITORY / "README.md"], flags=re.MULTILINE)
+    assert [(Fraction(budget), *(cell.strip() for cell in cells.split("|"))) for budget, cells in table] == rows
 
 
 @each(COMMANDS)
