@@ -74,10 +74,19 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """The wheel, and both ways of installing."""
+    """The wheel and the sdist, as a release checks them, and both ways of installing."""
     session.chdir(ROOT)
     pip_install(session, "-r", str(CI / "environments" / "package.txt"))
     session.run("pytest", "tests/packaging", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The pages: the site, built strictly from the sources alone, and what its commands, paths and links name."""
+    session.chdir(ROOT)
+    pip_install(session, "-r", str(CI / "environments" / "docs.txt"))
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    session.run("pytest", "tests/docs", *session.posargs)
 
 
 @nox.session
@@ -90,6 +99,7 @@ def original(session: nox.Session) -> None:
 RUN_ONCE = (
     "running/test_examples.py",
     "running/test_metrics_on_ranks.py",
+    "transformers/test_commands_on_pages.py",
     "transformers/test_float16_overflow.py",
     "transformers/test_function_transforms.py",
     "transformers/test_in_place.py",
@@ -175,10 +185,45 @@ def megatron(session: nox.Session, pins: str) -> None:
     session.run(*PYTEST, *(session.posargs or ["tests/megatron"]))
 
 
+# Says on a line of its own what is newer than an environment's pins.
+NEWER = """
+import importlib.metadata, sys
+for line in open(sys.argv[1]):
+    name, pinned, version = line.strip().partition("==")
+    if pinned and (found := importlib.metadata.version(name)) != version:
+        print(f"newer: {name} {version} -> {found}")
+"""
+
+NEWEST = {
+    "transformers": ("transformers-5.23.0", "tests/transformers", "tests/running"),
+    "llamafactory": ("llamafactory", "tests/llamafactory", "tests/open_instruct"),
+    "verl": ("verl", "tests/verl"),
+    "megatron": ("megatron-0.19.2", "tests/megatron"),
+}
+"""For each framework the environment whose packages are taken in their newest releases, and the tests."""
+
+
+@nox.session(default=False)
+@nox.parametrize("framework", list(NEWEST))
+def newest(session: nox.Session, framework: str) -> None:
+    """The newest of a framework, of torch and of all that goes with them: what will break, before it is pinned."""
+    environment, *tests = NEWEST[framework]
+    pins = CI / "environments" / f"{environment}.txt"
+    packages = [line.partition("==")[0] for line in pins.read_text().splitlines() if "==" in line and line[0] != "#"]
+    session.chdir(ROOT)
+    pip_install(session, "torch", "setuptools", "ninja", "py-cpuinfo")
+    pip_install(session, *packages)
+    if framework in ("transformers", "llamafactory"):
+        pip_install(session, "--no-deps", "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
+    install_editable(session)
+    session.run("python", "-c", NEWER, str(pins))
+    session.run(*PYTEST, *(session.posargs or tests))
+
+
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
     """Fine-tune a small Mixture-of-Experts model with and without DenseMixer."""
-    install(session, "transformers-5.23.0")
+    install(session, "demo")
     install_editable(session)
     session.run("python", "examples/demo", *session.posargs)
 

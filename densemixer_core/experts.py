@@ -63,7 +63,7 @@ def sampled_dots(
     beforehand, see `control`. Experts without weights cost nothing, so all their pairs are exact, on top of ``count``.
 
     Args:
-        x, g, experts, dtype: As in `expert_dots`.
+        x: As in `expert_dots`, and so are ``g``, ``experts`` and ``dtype``.
         known: What is known of the pairs.
         count: How many pairs are evaluated.
         seed: Chooses the draw, see `sampling.draw_pairs`.

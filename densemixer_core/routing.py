@@ -137,7 +137,7 @@ def check_routing(
     nothing, and neither does a batch without tokens.
 
     Args:
-        scores, index, weights, renormalised, epsilon, scale: As in `selection`.
+        scores: As in `selection`, and so are all others.
 
     Returns:
         Whether any token has said something.

@@ -58,7 +58,7 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
         if spec is None:
             raise UnsupportedModelError(
                 f"{where}: its router {type(router).__name__} is unknown to DenseMixer, which must know how scores "
-                "become weights. Those that it knows are in densemixer_adapters/routers.py, and in the README by "
+                "become weights. Those that it knows are in densemixer_adapters/routers.py, and in docs/models.md by "
                 "architecture. A newer densemixer-adapters may know it; otherwise switch DenseMixer off for this model."
             )
         experts = unwrap(block.get_submodule("experts"))

@@ -1,4 +1,4 @@
-"""What the built distributions contain, and that both ways of installing them give both packages."""
+"""What the built distributions contain, that they may be released, and that both ways of installing work."""
 
 from __future__ import annotations
 
@@ -43,7 +43,15 @@ def test_the_sdist_holds_what_it_builds_from(distributions: Path) -> None:
     (sdist,) = distributions.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "adapters/densemixer_adapters/transformers.py"} <= names
+    files = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "adapters/densemixer_adapters/transformers.py"}
+    assert files <= names
+
+
+def test_what_a_release_uploads_is_sound(distributions: Path) -> None:
+    files = sorted(distributions.iterdir())
+    done = subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == len(files) == 2
 
 
 @pytest.mark.parametrize("editable", [False, True], ids=["wheel", "editable"])

@@ -61,7 +61,7 @@ def print_table(second: str, rows: Iterator[tuple[str, ...]]) -> None:
 
 def main() -> None:
     print_table("Variations", rows())
-    print("\n<details><summary>Each cell</summary>\n")
+    print("\n<details markdown><summary>Each cell</summary>\n")
     print_table("Variation", cell_rows())
     print("\n</details>")
 

@@ -67,10 +67,10 @@ def test_leaf_modules_keep_the_order_of_modules() -> None:
     assert report("two_ranks")["ZeRO-3: without leaf modules"]["more"]["out of order"] > 0  # what the marks are for
 
 
-def test_the_tables_of_the_readme_have_all_ways_and_cells() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_tables_of_the_page_have_all_ways_and_cells() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "ways-of-running.md").read_text()
     for row in [*matrix_table.rows(), *matrix_table.cell_rows()]:
-        assert matrix_table.line(row[:2])[:-1] in readme
+        assert matrix_table.line(row[:2])[:-1] in page
 
 
 def test_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Prints what DenseMixer does with each architecture of the installed transformers, as it stands in the README.
+"""Prints what DenseMixer does with each architecture of the installed transformers, as it stands in docs/models.md.
 
 Run it as ``python tests/transformers/table.py`` with transformers and this package installed.
 """

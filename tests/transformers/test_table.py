@@ -1,16 +1,16 @@
-"""The README's table of architectures is what `table.py` prints."""
-
-from pathlib import Path
+"""The table of architectures on the pages is what `table.py` prints."""
 
 import table
 import transformers
+from pages import REPOSITORY
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README, MODELS = ((REPOSITORY / page).read_text() for page in ("README.md", "docs/models.md"))
 NEWEST = "5.23.0"
 
 
-def test_the_readme_has_the_counts_and_the_table() -> None:
+def test_the_pages_have_the_counts_and_the_table() -> None:
     outcomes = table.outcomes()
     assert f"\n{table.counts(outcomes)}\n" in README
+    assert f"\n{table.counts(outcomes)}\n" in MODELS
     if transformers.__version__ == NEWEST:
-        assert f"\n{table.table(outcomes)}\n" in README
+        assert f"\n{table.table(outcomes)}\n" in MODELS
