@@ -116,8 +116,9 @@ def test_attaching_is_logged_once(
         gradients(model)
     cost = factor * 2 * 2 * sum(p.numel() for p in model.model.layers[0].mlp.experts.parameters())
     assert estimate(model, 128, DenseMixerConfig(**options)).extra == pytest.approx(cost)
+    layers = f"{len(handle.layers)} layer{'s' * (len(handle.layers) > 1)}"
     assert caplog.messages == [
-        f"DenseMixer is attached to {len(handle.layers)} layer{'s' * (len(handle.layers) > 1)} of Qwen3MoeForCausalLM (qwen3_moe): {text}, "
+        f"DenseMixer is attached to {layers} of Qwen3MoeForCausalLM (qwen3_moe): {text}, "
         f"{cost / 1e9:.4g} GFLOP more a token in the backward"
     ]
 
