@@ -5,9 +5,8 @@ with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` s
 The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the field of `densemixer_adapters.megatron`
 in ``…megatron.override_transformer_config``.
 
-Each update's metrics have the norm of the routers' gradient and the share of unselected experts in it; with the option
-``metrics`` all router metrics, by layer too, for one forward more of a micro-batch, without gradients. The engine
-``megatron`` has metrics with that option alone, those that need no further forward.
+With the option ``metrics`` each update's metrics have the router metrics, by layer too, for one forward more of a
+micro-batch, without gradients. The engine ``megatron`` has those that need no further forward.
 
 verl trains in Ray workers, so a patch made in the process that starts them doesn't reach them. The functions
 ``patch_…`` are called by the boot hook (`densemixer_adapters._boot`), in every process, each right after its module of
@@ -19,12 +18,9 @@ installed. Once is enough: whoever comes second finds the hook in place.
 from __future__ import annotations
 
 import difflib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-from torch import nn
 
 from densemixer_adapters import _boot
 from densemixer_adapters.announce import describe
@@ -32,61 +28,14 @@ from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.megatron import attached as attached_to_megatron
 from densemixer_adapters.megatron import wants_metrics
-from densemixer_adapters.metric_names import NORM, PREFIX, SHARE
-from densemixer_adapters.metrics import RouterMeter
 from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
 from densemixer_adapters.switch import read_switch, wrap
-from densemixer_adapters.transformers import DenseMixerLayer, attach, attached_handle
+from densemixer_adapters.transformers import attach, attached_handle
 from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"
 SWITCH = f"override_config.{KEY}"
 ENGINES = ("fsdp", "fsdp2")
-
-
-class UpdateMetrics:
-    """What an engine measures of its routers.
-
-    Args:
-        layers: The layers that DenseMixer is attached to.
-        all: Whether to measure all there is.
-
-    Attributes:
-        measured: The metrics of the last update.
-    """
-
-    def __init__(self, layers: list[DenseMixerLayer], all: bool) -> None:
-        self.layers, self.all = layers, all
-        self.measured: dict[str, float] = {}
-        self._meter: RouterMeter | None = None
-        self._metrics: RouterMetrics | None = None
-
-    def watch(self, model: nn.Module) -> None:
-        """Start to measure. Routing is compared on the first micro-batch of ``model``, which is wrapped by FSDP."""
-        if self.all:
-            self._metrics = RouterMetrics(self.layers, model)
-        else:
-            self._meter = RouterMeter(self.layers)
-
-    def around_step(self, engine: Any, step: Callable[[Any], float]) -> float:
-        """Take an optimizer step, and set `measured`. Gradients are those before they are clipped, like verl's norm."""
-        scale = 1.0 if engine.scaler is None else engine.scaler.get_scale()
-        if self._meter is not None:
-            gradients = self._meter.gradients(scale)
-            values = {name: gradients[name][-1] for name in (NORM, SHARE) if name in gradients}
-            self.measured = {PREFIX + name: value for name, value in values.items() if not math.isnan(value)}
-        if self._metrics is None:
-            return step(engine)
-        self._metrics.before_update(engine.optimizer, scale)
-        norm = step(engine)
-        self._metrics.after_update(skipped=not math.isfinite(norm))
-        try:
-            self.measured = self._metrics.measure()
-        except UnmeasuredError as error:
-            self._metrics.remove()
-            self._metrics, self.measured = None, {}
-            warn_unmeasured(error)
-        return norm
 
 
 def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
@@ -129,39 +78,32 @@ def _misplaced(options: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
 
 def patch_metric_utils(module: Any) -> None:
     """Keep our key out of the model configuration that verl's metrics look at."""
-    module.update_model_config = _without_our_key(module.update_model_config)
+    wrap(module, "update_model_config")(_without_our_key)
 
 
 def patch_model_config(module: Any) -> None:
     """Keep our key out of the model's configuration, and so of checkpoints, and have it travel with verl's."""
-    module.update_model_config = _without_our_key(module.update_model_config)
-    config_class = module.HFModelConfig
-    original, build = config_class.__reduce_ex__, config_class.__init__
+    wrap(module, "update_model_config")(_without_our_key)
 
-    @functools.wraps(build)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    @wrap(module.HFModelConfig, "__init__")
+    def __init__(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         for key in filter(_looks_like_our_key, kwargs):
             raise ValueError(f"model.{key}: no such key; did you mean model.{SWITCH}?")
-        build(self, *args, **kwargs)
+        original(self, *args, **kwargs)
 
-    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+    @wrap(module.HFModelConfig, "__reduce_ex__")
+    def __reduce_ex__(original: Any, self: Any, protocol: Any) -> Any:  # noqa: N807
         # The driver builds the critic's configuration and sends it to the workers, which then don't import
         # `external_lib`: let unpickling import this module.
-        return (
-            (_rebuild, (type(self), self.__dict__)) if read_options(self.override_config) else original(self, protocol)
-        )
-
-    config_class.__init__ = __init__
-    config_class.__reduce_ex__ = __reduce_ex__
+        ours = read_options(self.override_config)
+        return (_rebuild, (type(self), self.__dict__)) if ours else original(self, protocol)
 
 
 def patch_engine_registry(module: Any) -> None:
     """Refuse engines that we don't serve, before they are built."""
-    registry = module.EngineRegistry
-    original = registry.new
 
-    @functools.wraps(original)
-    def new(model_type: str, backend: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module.EngineRegistry, "new", staticmethod)
+    def new(original: Any, model_type: str, backend: str, *args: Any, **kwargs: Any) -> Any:
         model, engine = kwargs.get("model_config"), kwargs.get("engine_config")
         wanted = model is not None and engine is not None and not engine.forward_only and _options(model)
         if wanted and backend not in ENGINES:
@@ -176,19 +118,15 @@ def patch_engine_registry(module: Any) -> None:
             )
         return original(model_type, backend, *args, **kwargs)
 
-    registry.new = staticmethod(new)
-
 
 def patch_fsdp_engine(module: Any) -> None:
     """Attach DenseMixer where the engine builds its model, before LoRA and FSDP wrap it; measure where it steps."""
     engine = module.FSDPEngine
-    build, build_fsdp, step = engine._build_module, engine._build_fsdp_module, engine.optimizer_step
 
-    @functools.wraps(build)
-    def _build_module(self: Any) -> Any:
-        ours = _value(_override_config(self.model_config)) is not None
-        with left_alone(ours):
-            model = build(self)
+    @wrap(engine, "_build_module")
+    def _build_module(original: Any, self: Any) -> Any:
+        with left_alone(_value(_override_config(self.model_config)) is not None):
+            model = original(self)
         # A reference policy is built from the actor's configuration, but only ever runs forward.
         options = None if self.engine_config.forward_only else _options(self.model_config)
         if options is None:
@@ -196,66 +134,67 @@ def patch_fsdp_engine(module: Any) -> None:
         if self._qat_enabled:
             raise ValueError(f"{SWITCH} doesn't work with quantisation-aware training (qat.enable). Switch one off.")
         try:
-            self._densemixer = UpdateMetrics(attach(model, options).layers, options.metrics)
+            attach(model, options)
         except ValueError as error:
             raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
         return model
 
-    @functools.wraps(build_fsdp)
-    def _build_fsdp_module(self: Any, model: Any) -> Any:
-        attached, handle = _attached(self), attached_handle(model)
-        if (
-            attached is not None and self.rank == 0
-        ):  # verl prints what it builds; its log level hides what isn't a warning
-            print(describe(model, attached.layers))
-        if handle is not None and not self.engine_config.forward_only:
-            # No error, even if all are frozen: LoRA on attention alone is training as without DenseMixer.
-            handle.frozen_routers.fix = "Set +…model.target_parameters=[{router}.weight] for this role to train them."
-            handle.warn_of_frozen_routers()
-        model = build_fsdp(self, model)
-        if attached is not None:
-            attached.watch(model)
-        return model
+    @wrap(engine, "_build_fsdp_module")
+    def _build_fsdp_module(original: Any, self: Any, model: Any) -> Any:
+        handle = None if self.engine_config.forward_only else attached_handle(model)
+        if handle is None:
+            return original(self, model)
+        # No error, even if all are frozen: LoRA on attention alone is training as without DenseMixer.
+        handle.frozen_routers.fix = "Set +…model.target_parameters=[{router}.weight] for this role to train them."
+        ours = _options(self.model_config)
+        if ours and self.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
+            print(describe(model, handle.layers))
+        handle.warn_of_frozen_routers()
+        wrapped = original(self, model)
+        if ours and ours.metrics:
+            # On the first micro-batch of what FSDP has wrapped, routing is compared.
+            self._densemixer_metrics = RouterMetrics(handle.layers, wrapped)
+        return wrapped
 
-    @functools.wraps(step)
-    def optimizer_step(self: Any) -> Any:
-        attached = _attached(self)
-        return step(self) if attached is None else attached.around_step(self, step)
-
-    engine._build_module = _build_module
-    engine._build_fsdp_module = _build_fsdp_module
-    engine.optimizer_step = optimizer_step
+    @wrap(engine, "optimizer_step")
+    def optimizer_step(original: Any, self: Any) -> Any:
+        metrics: RouterMetrics | None = getattr(self, "_densemixer_metrics", None)
+        if metrics is None:
+            return original(self)
+        # The gradients are those before they are clipped, like verl's norm.
+        metrics.before_update(self.optimizer, 1.0 if self.scaler is None else self.scaler.get_scale())
+        norm = original(self)
+        metrics.after_update(skipped=not math.isfinite(norm))
+        try:
+            self._densemixer_measured = metrics.measure()
+        except UnmeasuredError as error:
+            metrics.remove()
+            self._densemixer_metrics, self._densemixer_measured = None, {}
+            warn_unmeasured(error)
+        return norm
 
 
 def patch_megatron_engine(module: Any) -> None:
     """Measure where the engine steps. Its model has DenseMixer by its configuration."""
-    engine = module.MegatronEngine
-    step = engine.optimizer_step
 
-    @functools.wraps(step)
-    def optimizer_step(self: Any) -> Any:
-        norm = step(self)
+    @wrap(module.MegatronEngine, "optimizer_step")
+    def optimizer_step(original: Any, self: Any) -> Any:
+        norm = original(self)
         if wants_metrics(self.module):
             self._densemixer_measured = attached_to_megatron(self.module).metrics()
         return norm
 
-    engine.optimizer_step = optimizer_step
-
 
 def patch_training_worker(module: Any) -> None:
     """Report the measurements beside verl's own metrics of an update."""
-    worker = module.TrainingWorker
-    original = worker._postprocess_output
 
-    @functools.wraps(original)
-    def _postprocess_output(self: Any, output: Any, *, forward_only: bool, **kwargs: Any) -> Any:
+    @wrap(module.TrainingWorker, "_postprocess_output")
+    def _postprocess_output(original: Any, self: Any, output: Any, *, forward_only: bool, **kwargs: Any) -> Any:
         result = original(self, output, forward_only=forward_only, **kwargs)
-        measured = _measured(self.engine)
+        measured = getattr(self.engine, "_densemixer_measured", None)
         if measured and not forward_only:
             result.set_non_tensor("metrics", {**result["metrics"], **measured})
         return result
-
-    worker._postprocess_output = _postprocess_output
 
 
 def _looks_like_our_key(key: Any) -> bool:
@@ -278,23 +217,9 @@ def _value(override_config: Mapping[str, Any]) -> Any:
     return next((place[KEY] for place in _places(override_config) if KEY in place), None)
 
 
-def _attached(engine: Any) -> UpdateMetrics | None:
-    return getattr(engine, "_densemixer", None)
-
-
-def _measured(engine: Any) -> dict[str, float]:
-    attached = _attached(engine)
-    measured: dict[str, float] = getattr(engine, "_densemixer_measured", {}) if attached is None else attached.measured
-    return measured
-
-
-def _without_our_key(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-    @functools.wraps(update)
-    def update_model_config(module_config: Any, override_config_kwargs: Mapping[str, Any]) -> None:
-        read_options(override_config_kwargs)  # a wrong option is an error in whatever process reads it first
-        update(module_config, {key: value for key, value in override_config_kwargs.items() if key != KEY})
-
-    return update_model_config
+def _without_our_key(update: Any, module_config: Any, override_config_kwargs: Mapping[str, Any]) -> None:
+    read_options(override_config_kwargs)  # a wrong option is an error in whatever process reads it first
+    update(module_config, {key: value for key, value in override_config_kwargs.items() if key != KEY})
 
 
 def _rebuild(config_class: Any, state: dict[str, Any]) -> Any:

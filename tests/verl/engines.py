@@ -39,6 +39,7 @@ from verl.workers.utils.losses import sft_loss
 from densemixer_adapters.environment import patch_modeling_utils
 
 ON = {"densemixer": True}
+MEASURED = {"densemixer": {"metrics": True}}
 PACKED = {"attn_implementation": "packed_on_cpu"}  # of `support/cpu_platform`
 PADDED = {"use_remove_padding": False}
 LORA = {"lora_rank": 4, "lora_alpha": 8}
@@ -47,17 +48,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # override_config, other settings of the model, settings of the engine
     "off": ({}, {}, {}),
     "plain": (ON, {}, {}),
-    "padded": (ON, PADDED, {}),
+    "padded": (MEASURED, PADDED, {}),
     "no checkpointing": (ON, {"enable_gradient_checkpointing": False}, {}),
-    "dynamic batch sizes": (ON, {}, {"use_dynamic_bsz": True, "max_token_len_per_gpu": 40}),
+    "dynamic batch sizes": (MEASURED, {}, {"use_dynamic_bsz": True, "max_token_len_per_gpu": 40}),
     "packed to buckets": (ON, {}, {"pad_to_length": True, "pad_to_length_bucket": 64}),
     "keep parameters after the forward": (ON, {}, {"reshard_after_forward": False}),
     "reduce every micro-batch": (ON, {}, {"use_no_sync_for_gradient_accumulation": False}),
     "CPU offload": (ON, {}, {"offload_policy": True}),
     "Ulysses": ({**ON, **PACKED}, {}, {"ulysses_sequence_parallel_size": 2}),
-    "centered": ({"densemixer": {"estimator": "centered"}}, {}, {}),
-    "conventional": ({"densemixer": {"estimator": "conventional"}}, {}, {}),
-    "metrics": ({"densemixer": {"metrics": True}}, PADDED, {}),
+    "centered": ({"densemixer": {"estimator": "centered", "metrics": True}}, {}, {}),
+    "conventional": ({"densemixer": {"estimator": "conventional", "metrics": True}}, {}, {}),
     "nested": ({"model_config": ON, "attn_implementation": "sdpa"}, {}, {}),
     "LoRA on routers": (ON, {**LORA, "target_parameters": ["mlp.gate.weight"]}, {}),
     "LoRA on routers and experts": (

@@ -74,17 +74,17 @@ def test_the_key_takes_precedence_over_the_environment(report: dict[str, Any]) -
     assert report["environment, off"]["layers"] == 0
 
 
-@pytest.mark.parametrize("setting", ["plain", "padded", "dynamic batch sizes", "centered", "conventional"])
+@pytest.mark.parametrize("setting", ["padded", "dynamic batch sizes", "centered", "conventional"])
 def test_the_metrics_are_those_of_the_oracle(report: dict[str, Any], setting: str) -> None:
     metrics, expected = report[setting]["metrics"], report[setting]["expected"]
-    assert metrics.keys() == {f"densemixer/{name}" for name in expected}
     for name, value in expected.items():
         assert metrics[f"densemixer/{name}"] == pytest.approx(value, rel=1e-5, abs=1e-7)
 
 
-def test_all_metrics_are_an_option(report: dict[str, Any]) -> None:
-    """The gradients are still the oracle's, with a forward more in the middle: a setting above."""
-    metrics, expected = report["metrics"]["metrics"], report["metrics"]["expected"]
+def test_metrics_are_an_option(report: dict[str, Any]) -> None:
+    """The gradients are still the oracle's, with a forward more in the middle: settings above."""
+    assert report["plain"]["metrics"] == {}
+    metrics, expected = report["padded"]["metrics"], report["padded"]["expected"]
     names = {
         *expected,
         "router_grad_cosine_conventional",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-ACTOR = "+actor_rollout_ref.model.override_config.densemixer=true"
+ACTOR = "+actor_rollout_ref.model.override_config.densemixer={metrics:true}"
 ROUTER = "mlp.gate"
 TOLERANCE = 1e-5
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-ACTOR = "+actor_rollout_ref.model.override_config.densemixer=true"
-CRITIC = "+critic.model.override_config.densemixer={estimator:centered}"
+ACTOR = "+actor_rollout_ref.model.override_config.densemixer={metrics:true}"
+CRITIC = "+critic.model.override_config.densemixer={estimator:centered,metrics:true}"
 ROUTER = "mlp.gate"
 TOLERANCE = 1e-5
 

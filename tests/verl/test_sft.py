@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-ON = "+model.override_config.densemixer=true"
+ON = "+model.override_config.densemixer={metrics:true}"
 TOLERANCE = 1e-5
 
 
