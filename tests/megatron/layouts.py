@@ -129,7 +129,7 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
     }
     found["gathered in parts"] = gathering
     found["metrics"] = measuring
-    if layout.tensor > 1:
+    if layout.tensor > 1 and layout.expert == 1:  # with both, 0.13 refuses it
         found["metrics, tokens not split"] = functools.partial(measuring, split=False)
     found["budget"] = drawing if layout.expert_tensor == 1 else refusal
     return found

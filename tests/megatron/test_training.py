@@ -65,7 +65,7 @@ def test_experts_that_are_never_selected_teach_the_router(on: dict[str, Any], of
 
 
 def test_without_the_flag_nothing_changes(off: dict[str, Any]) -> None:
-    """The bits of losses, gradients and weights are those of a process without DenseMixer, and so is the log."""
+    """The bits of losses, gradients and weights are those of a process that knows nothing of DenseMixer."""
     environment = {**os.environ, "DENSEMIXER_BOOT": "0", "PYTHONPATH": str(Path(__file__).parent)}
     command = [sys.executable, "-c", WITHOUT_US]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)

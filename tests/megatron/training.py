@@ -177,7 +177,11 @@ def _moe_layers(chunks: Sequence[nn.Module]) -> list[tuple[str, Any]]:
 
 
 class Writer:
-    """What Megatron writes its log to, as TensorBoard's and W&B's have it: values by name, of each iteration."""
+    """What Megatron writes its log to, called as TensorBoard's and W&B's writers.
+
+    Attributes:
+        rows: By name, what it got of ours in each iteration; Megatron's own depends on what ran before in this process.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []
@@ -186,9 +190,11 @@ class Writer:
         self.log({name: value}, iteration)
 
     def log(self, values: dict[str, Any], iteration: int) -> None:
-        while len(self.rows) <= iteration:
+        ours = {name: float(value) for name, value in values.items() if name.startswith("densemixer/")}
+        while ours and len(self.rows) <= iteration:
             self.rows.append({})
-        self.rows[iteration].update({name: float(value) for name, value in values.items()})
+        if ours:
+            self.rows[iteration].update(ours)
 
 
 def log(config: TransformerConfig, iteration: int, **arguments: Any) -> str:
