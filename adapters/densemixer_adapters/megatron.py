@@ -9,12 +9,11 @@ built from such a configuration has DenseMixer attached.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,6 +24,7 @@ from densemixer_adapters.megatron_layer import MegatronLayer, attached_layer, wa
 from densemixer_adapters.megatron_metrics import measure, want_metrics
 from densemixer_adapters.megatron_positions import PATTERNS, Selection
 from densemixer_adapters.megatron_refuse import refuse_config
+from densemixer_adapters.switch import is_wrapped, read_switch, wrap
 from densemixer_core import DenseMixerConfig
 
 logger = logging.getLogger("densemixer")
@@ -156,17 +156,7 @@ def read_flag(config: Any) -> DenseMixerConfig | None:
     Raises:
         ValueError: The flag's value or an option is wrong.
     """
-    value = getattr(config, FLAG, False)
-    if value is None or value is False:
-        return None
-    if value is True:
-        return DenseMixerConfig()
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{FLAG} must be True, False or a mapping of options, got {value!r}")
-    try:
-        return DenseMixerConfig.from_dict(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{FLAG}: {error}") from None
+    return read_switch(FLAG, getattr(config, FLAG, None))
 
 
 def patch_transformer_config(module: Any) -> None:
@@ -176,10 +166,9 @@ def patch_transformer_config(module: Any) -> None:
     config_class.__annotations__[FLAG] = Any
     with_field = dataclasses.make_dataclass(config_class.__name__, [(FLAG, Any, _FIELD)])
     _add_field(config_class, dataclasses.fields(with_field)[0])
-    original = config_class.__post_init__
 
-    @functools.wraps(original)
-    def __post_init__(self: Any) -> None:  # noqa: N807
+    @wrap(config_class, "__post_init__")
+    def __post_init__(original: Any, self: Any) -> None:  # noqa: N807
         original(self)
         options = read_flag(self)
         if options is None:
@@ -193,16 +182,12 @@ def patch_transformer_config(module: Any) -> None:
         if not getattr(self, "is_hybrid_model", False):  # whose pattern of layers comes with the model
             Selection(self, options)
 
-    config_class.__post_init__ = __post_init__
-
 
 def patch_moe_layer(module: Any) -> None:
     """Attach DenseMixer to each layer that is built from a configuration that asks for it."""
-    layer_class = module.MoELayer
-    original, original_number = layer_class.__init__, layer_class.set_layer_number
 
-    @functools.wraps(original)
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    @wrap(module.MoELayer, "__init__")
+    def __init__(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         options = read_flag(config)
         if options is None:
             original(self, config, *args, **kwargs)
@@ -212,9 +197,9 @@ def patch_moe_layer(module: Any) -> None:
         original(self, config, *args, **kwargs)
         MegatronLayer(self, options, selection).attach()
 
-    @functools.wraps(original_number)
-    def set_layer_number(self: Any, layer_number: int) -> None:
-        original_number(self, layer_number)
+    @wrap(module.MoELayer, "set_layer_number")
+    def set_layer_number(original: Any, self: Any, layer_number: int) -> None:
+        original(self, layer_number)
         layer = attached_layer(self.router)
         if layer is not None:
             try:
@@ -222,19 +207,16 @@ def patch_moe_layer(module: Any) -> None:
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{FLAG}: {error}") from None
 
-    layer_class.__init__, layer_class.set_layer_number = __init__, set_layer_number
-
 
 def patch_hybrid_model(module: Any) -> None:
     """Have the layers of a hybrid model know its pattern while they are built: their configuration hasn't got it."""
     model_class = getattr(module, "HybridModel", None) or module.MambaModel
-    original = model_class.__init__
-    if hasattr(original, _PATTERN):  # the module of MambaModel has HybridModel too where it is derived from that
+    if is_wrapped(model_class.__init__):  # the module of MambaModel has HybridModel too where it is derived from that
         return
-    signature = inspect.signature(original)
+    signature = inspect.signature(model_class.__init__)
 
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    @wrap(model_class, "__init__")
+    def __init__(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         given = signature.bind(self, *args, **kwargs).arguments
         config = given["config"]
         # Without a pattern, by shares of attention and MLP, no layer has experts.
@@ -248,9 +230,6 @@ def patch_hybrid_model(module: Any) -> None:
         finally:
             delattr(config, _PATTERN)
 
-    setattr(__init__, _PATTERN, True)
-    model_class.__init__ = __init__
-
 
 def _refuse_by_flag(config: Any, options: DenseMixerConfig) -> None:
     try:
@@ -262,21 +241,19 @@ def _refuse_by_flag(config: Any, options: DenseMixerConfig) -> None:
 def _add_field(config_class: Any, field: dataclasses.Field[Any]) -> None:
     """Add our field to a dataclass, and to those that are derived from it already."""
     config_class.__dataclass_fields__[FLAG] = field
-    original = vars(config_class).get("__init__")
-    if original is not None:
-        signature = inspect.signature(original)
+    if "__init__" in vars(config_class):
+        signature = inspect.signature(config_class.__init__)
         ours = inspect.Parameter(FLAG, inspect.Parameter.KEYWORD_ONLY, default=False)
 
-        @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        @wrap(config_class, "__init__")
+        def __init__(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
             if FLAG in kwargs:
                 setattr(self, FLAG, kwargs.pop(FLAG))
             original(self, *args, **kwargs)
 
         if not any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in signature.parameters.values()):
             signature = signature.replace(parameters=[*signature.parameters.values(), ours])
-        __init__.__signature__ = signature  # type: ignore[attr-defined]
-        config_class.__init__ = __init__
+        __init__.__signature__ = signature
     for subclass in config_class.__subclasses__():
         _add_field(subclass, field)
 

@@ -6,7 +6,6 @@ its Mixture-of-Experts layers. There the metrics of the step join in, on their w
 
 from __future__ import annotations
 
-import functools
 import inspect
 import math
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from torch import Tensor
 from densemixer_adapters.megatron_layer import MegatronLayer, watched
 from densemixer_adapters.metric_names import NORM
 from densemixer_adapters.metrics import RouterMeter, at_places
+from densemixer_adapters.switch import wrap
 
 _T = TypeVar("_T")
 _wanted = False
@@ -93,13 +93,12 @@ def patch_moe_utils(module: Any) -> None:
     try:
         from megatron.core.transformer.moe import moe_logging  # noqa: F401
     except ImportError:
-        original = module.track_moe_metrics
+        signature = inspect.signature(module.track_moe_metrics)
     else:  # whose class is patched
         return
-    signature = inspect.signature(original)
 
-    @functools.wraps(original)
-    def track_moe_metrics(*args: Any, **kwargs: Any) -> None:
+    @wrap(module, "track_moe_metrics")
+    def track_moe_metrics(original: Any, *args: Any, **kwargs: Any) -> None:
         original(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
         sums = given.get("total_loss_dict")
@@ -107,43 +106,33 @@ def patch_moe_utils(module: Any) -> None:
             if sums is not None:  # of all iterations since the last line on the console
                 sums[name] = sums.get(name, torch.zeros(1)) + value
 
-    module.track_moe_metrics = track_moe_metrics
-
 
 def patch_moe_logging(module: Any) -> None:
     """From Megatron Core 0.17 on: log where its ``MoEMetricsTracker.report`` does."""
-    tracker = module.MoEMetricsTracker
-    original = tracker.report
-    signature = inspect.signature(original)
+    signature = inspect.signature(module.MoEMetricsTracker.report)
 
-    @functools.wraps(original)
-    def report(*args: Any, **kwargs: Any) -> str:
+    @wrap(module.MoEMetricsTracker, "report")
+    def report(original: Any, *args: Any, **kwargs: Any) -> str:
         line: str = original(*args, **kwargs)
         return line + "".join(
             f" {name}: {value:.3E} |" for name, value in _log(signature.bind(*args, **kwargs).arguments).items()
         )
 
-    tracker.report = report
-
 
 def patch_data_parallel(module: Any) -> None:
     """Have meters do what Megatron does with its gradients."""
-    wrapper = module.DistributedDataParallel
-    zero, scale = wrapper.zero_grad_buffer, wrapper.scale_gradients
 
-    @functools.wraps(zero)
-    def zero_grad_buffer(self: Any) -> None:
-        zero(self)
+    @wrap(module.DistributedDataParallel, "zero_grad_buffer")
+    def zero_grad_buffer(original: Any, self: Any) -> None:
+        original(self)
         for layer in _watched_in(self):
             layer.meter.discard_gradients()
 
-    @functools.wraps(scale)
-    def scale_gradients(self: Any, scaling_factor: Any) -> None:
-        scale(self, scaling_factor)
+    @wrap(module.DistributedDataParallel, "scale_gradients")
+    def scale_gradients(original: Any, self: Any, scaling_factor: Any) -> None:
+        original(self, scaling_factor)
         for layer in _watched_in(self):
             layer.meter.scale_gradients(scaling_factor)
-
-    wrapper.zero_grad_buffer, wrapper.scale_gradients = zero_grad_buffer, scale_gradients
 
 
 def _watched_in(model: Any) -> list[Any]:

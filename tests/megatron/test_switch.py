@@ -89,7 +89,7 @@ def test_the_values_of_the_flag() -> None:
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ("yes", "moe_densemixer must be True, False or a mapping of options, got 'yes'"),
+        ("yes", "moe_densemixer must be true, false or a mapping of options, got 'yes'"),
         ({"estimater": "centered"}, "moe_densemixer: unknown option of DenseMixer: 'estimater'; did you mean"),
         ({"workspace_mb": "big"}, "moe_densemixer: workspace_mb must be an integer"),
         ({"layers": [1]}, "the model has 1 Mixture-of-Experts layers"),

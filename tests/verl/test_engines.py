@@ -19,7 +19,6 @@ SETTINGS = (
     "CPU offload",
     "Ulysses",
     "centered",
-    "metrics",
     "nested",
     "LoRA on routers",
     "LoRA on routers and experts",
