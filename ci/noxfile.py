@@ -73,6 +73,14 @@ def lint(session: nox.Session) -> None:
 
 
 @nox.session
+def core(session: nox.Session) -> None:
+    """densemixer_core, on torch alone."""
+    install(session, "core")
+    install_wheel(session)
+    session.run(*PYTEST, *(session.posargs or ["tests/core"]))
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """The wheel and the sdist, as a release checks them, and both ways of installing."""
     session.chdir(ROOT)
@@ -125,7 +133,7 @@ def transformers(session: nox.Session, pins: str) -> None:
         tests += [f"--ignore=tests/{once}" for once in RUN_ONCE]
     else:
         install_wheel(session)
-        tests = ["tests/demo", "tests/experiments", *tests, "tests/core"]
+        tests = ["tests/demo", "tests/experiments", *tests]
     session.run(*PYTEST, *(session.posargs or tests), env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 

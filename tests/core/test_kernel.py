@@ -22,7 +22,7 @@ from densemixer_core.kernel import fused
 INTERPRETED = Path(__file__).parent / "interpreted.py"
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kernel.py"
 
-needs_triton = pytest.mark.skipif(not is_installed("triton"), reason="needs triton; run `nox -s transformers`")
+needs_triton = pytest.mark.skipif(not is_installed("triton"), reason="needs triton; run `nox -s core`")
 
 
 def run(*command: str | Path, interpret: bool = True) -> subprocess.CompletedProcess[str]:
