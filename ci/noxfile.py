@@ -111,6 +111,7 @@ RUN_ONCE = (
     "transformers/test_float16_overflow.py",
     "transformers/test_function_transforms.py",
     "transformers/test_in_place.py",
+    "transformers/test_layers_option.py",
     "transformers/test_nothing_is_kept.py",
     "transformers/test_second_derivative.py",
     "transformers/test_stress.py",
