@@ -102,8 +102,8 @@ def run(job: Job, corpus: Corpus, size: Size, folder: Path, device: str) -> Resu
             task.loss(model, step).backward()
             if gradients:
                 measured = gradients.gradients()
-                norms.append(measured[NORM][-1])
-                shares.append(measured[SHARE][-1])
+                norms.append(measured[NORM].whole)
+                shares.append(measured[SHARE].whole)
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
             optimizer.step()
             scheduler.step()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from densemixer_adapters.megatron_layer import MegatronLayer, watched
 from densemixer_adapters.metric_names import NORM
-from densemixer_adapters.metrics import RouterMeter, at_places
+from densemixer_adapters.metrics import Measured, RouterMeter, at_places
 from densemixer_adapters.switch import wrap
 
 _T = TypeVar("_T")
@@ -84,7 +84,7 @@ def measure(layers: Sequence[MegatronLayer], pipeline: dist.ProcessGroup | None 
     frozen = ranks.all_layers([layer.router_is_frozen for layer in layers])
     values = meter.gradients()
     if frozen and all(frozen):
-        values = {NORM: [0.0] * (len(frozen) + 1)}
+        values = {NORM: Measured([0.0] * len(frozen), 0.0)}
     return at_places(places, values | meter.load() | meter.pairs_left_out())
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,18 @@ from densemixer_adapters.layer_meter import LayerMeter, Watched
 from densemixer_adapters.metric_names import COSINE, ENTROPY, LEFT_OUT, MAXIMUM, NORM, PREFIX, SHARE
 
 _T = TypeVar("_T")
+
+
+class Measured(NamedTuple):
+    """One metric; NaN where there is none.
+
+    Attributes:
+        layers: Of each layer.
+        whole: Over all of them.
+    """
+
+    layers: list[float]
+    whole: float
 
 
 class Ranks(Protocol):
@@ -80,7 +92,7 @@ class RouterMeter:
         for meter in self._meters:
             meter.discard_gradients()
 
-    def gradients(self, scale: float = 1.0) -> dict[str, list[float]]:
+    def gradients(self, scale: float = 1.0) -> dict[str, Measured]:
         """The gradients since they were last discarded or read, as the optimizer gets them.
 
         Collective: all ranks call it.
@@ -89,24 +101,17 @@ class RouterMeter:
             scale: What the loss was multiplied by, for a gradient scaler.
 
         Returns:
-            For each metric the values of all layers, NaN where there is none, and the one over all layers at the end;
-            nothing if no router had a gradient. ``router_grad_norm`` is the norm of the gradient G,
-            ``router_grad_share_unselected`` is ‖A‖ / (‖A‖ + ‖G − A‖) for the part A that DenseMixer adds, and
-            ``router_grad_cosine_conventional`` is the cosine of G and G − A.
+            ``router_grad_norm`` is the norm of the gradient G, ``router_grad_share_unselected`` is
+            ‖A‖ / (‖A‖ + ‖G − A‖) for the part A that DenseMixer adds, and ``router_grad_cosine_conventional`` is the
+            cosine of G and G − A. Nothing if no router had a gradient.
         """
         rows = self._ranks.all_layers(self._squares())
         known = [row for row in rows if row is not None]
         if not known:
             return {}
-        whole = [sum(column) for column in zip(*known, strict=True)]
-        found: dict[str, list[float]] = {NORM: [], SHARE: [], COSINE: []}
-        for total, added, rest, product in [*(row or [math.nan] * 4 for row in rows), whole]:
-            both = math.sqrt(added) + math.sqrt(rest)
-            norms = math.sqrt(total) * math.sqrt(rest)
-            found[NORM].append(math.sqrt(total) / scale)
-            found[SHARE].append(math.sqrt(added) / both if both else 0.0)
-            found[COSINE].append(product / norms if norms else 0.0)
-        return found
+        whole = _of_squares([sum(column) for column in zip(*known, strict=True)], scale)
+        layers = [_of_squares(row or [math.nan] * 4, scale) for row in rows]
+        return {name: Measured([layer[name] for layer in layers], whole[name]) for name in whole}
 
     def _squares(self) -> list[list[float] | None]:
         """‖G‖², ‖A‖², ‖G − A‖² and ⟨G, G − A⟩ of each layer of this rank; None where there is no gradient."""
@@ -124,7 +129,7 @@ class RouterMeter:
         squares = dict(zip(rows, torch.stack(list(rows.values())).tolist(), strict=True))
         return [squares.get(position) for position in range(len(self._meters))]
 
-    def load(self) -> dict[str, list[float]]:
+    def load(self) -> dict[str, Measured]:
         """How evenly tokens were sent to experts since this was last called, by layer, and the mean over layers.
 
         Collective: all ranks call it. ``load_entropy`` is the entropy of the experts' shares over the largest that it
@@ -140,9 +145,7 @@ class RouterMeter:
             entropy = -sum(share * math.log(share) for share in shares if share)
             found[ENTROPY].append(entropy / math.log(len(shares)) if len(shares) > 1 else math.nan)
             found[MAXIMUM].append(max(shares) * len(shares) if shares else math.nan)
-        for values in found.values():
-            values.append(mean(values))
-        return found
+        return {name: Measured(values, mean(values)) for name, values in found.items()}
 
     def _loads(self) -> list[list[float] | None]:
         """The number of tokens of each expert, for each layer of this rank; None where it isn't known."""
@@ -154,7 +157,7 @@ class RouterMeter:
         parts = iter(torch.split(loads, [meter.experts or 0 for meter in known]))
         return [None if meter.experts is None else next(parts).tolist() for meter in self._meters]
 
-    def pairs_left_out(self) -> dict[str, list[float]]:
+    def pairs_left_out(self) -> dict[str, Measured]:
         """How many pairs of a token and an expert overflowed in float16 since this was last called, by layer, and all.
 
         Collective: all ranks call it. NaN where there were none.
@@ -166,15 +169,15 @@ class RouterMeter:
             self._ranks.sum(table)
             ours = table.tolist()
         row = self._ranks.all_layers(ours)
-        return {LEFT_OUT: [count or math.nan for count in [*row, sum(row)]]}
+        return {LEFT_OUT: Measured([count or math.nan for count in row], sum(row) or math.nan)}
 
 
-def named(layers: Sequence[Watched], values: dict[str, list[float]]) -> dict[str, float]:
+def named(layers: Sequence[Watched], values: Mapping[str, Measured]) -> dict[str, float]:
     """The metrics as logs have them: ``densemixer/NAME`` over all layers, ``densemixer/layer_3/NAME`` for one.
 
     Args:
         layers: The layers. They have the number in their name, or their position where that isn't unique.
-        values: For each metric the value of each layer, then the one over all; what is not a number is left out.
+        values: The metrics; what is not a number is left out.
     """
     found = [re.search(r"\d+", layer.name) for layer in layers]
     numbers = [match.group() if match else "" for match in found]
@@ -183,14 +186,27 @@ def named(layers: Sequence[Watched], values: dict[str, list[float]]) -> dict[str
     return at_places([f"layer_{number}" for number in numbers], values)
 
 
-def at_places(places: Sequence[str], values: dict[str, list[float]]) -> dict[str, float]:
+def at_places(places: Sequence[str], values: Mapping[str, Measured]) -> dict[str, float]:
     """As `named`, for layers that are called so."""
-    prefixes = [*(f"{place}/" for place in places), ""]
+    named = {
+        f"{PREFIX}{place}{name}": value
+        for name, measured in values.items()
+        for place, value in [
+            *zip([f"{place}/" for place in places], measured.layers, strict=True),
+            ("", measured.whole),
+        ]
+    }
+    return {name: value for name, value in named.items() if not math.isnan(value)}
+
+
+def _of_squares(row: list[float], scale: float) -> dict[str, float]:
+    """The metrics of gradients, from what `RouterMeter` makes of these."""
+    total, added, rest, product = row
+    both, norms = math.sqrt(added) + math.sqrt(rest), math.sqrt(total) * math.sqrt(rest)
     return {
-        f"{PREFIX}{prefix}{name}": value
-        for name, column in values.items()
-        for prefix, value in zip(prefixes, column, strict=True)
-        if not math.isnan(value)
+        NORM: math.sqrt(total) / scale,
+        SHARE: math.sqrt(added) / both if both else 0.0,
+        COSINE: product / norms if norms else 0.0,
     }
 
 

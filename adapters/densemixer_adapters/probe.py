@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from densemixer_adapters.calls import recording
 from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import CHANGE, DRIFT
-from densemixer_adapters.metrics import sum_over_ranks
+from densemixer_adapters.metrics import Measured, sum_over_ranks
 from densemixer_core.routing import are_probabilities
 
 TOKENS = 4096
@@ -48,8 +48,8 @@ class Probe:
         self._hook.remove()
         self._batch, self._start = None, []
 
-    def measure(self) -> dict[str, list[float]]:
-        """The routing against that of the start, by layer, then over all of them; nothing before the first batch.
+    def measure(self) -> dict[str, Measured]:
+        """The routing against that of the start, by layer and over all of them; nothing before the first batch.
 
         Collective: all ranks call it. ``routing_change`` is the share of the selected experts that are selected no
         longer; ``logit_drift`` is the root mean square of the change of the logits over that of the logits at the
@@ -61,10 +61,10 @@ class Probe:
         for start, now in zip(self._start, self._run(), strict=True):
             rows.append([0.0] * 4 if start is None or now is None else start.compare(now))
         rows = sum_over_ranks(rows)
-        rows.append([sum(column) for column in zip(*rows, strict=True)])
+        whole = [sum(column) for column in zip(*rows, strict=True)]
         return {
-            CHANGE: [changed / pairs if pairs else math.nan for changed, pairs, _, _ in rows],
-            DRIFT: [math.sqrt(moved / size) if size else math.nan for _, _, moved, size in rows],
+            CHANGE: Measured([_share(row[0], row[1]) for row in rows], _share(whole[0], whole[1])),
+            DRIFT: Measured([_share(*row[2:]) ** 0.5 for row in rows], _share(*whole[2:]) ** 0.5),
         }
 
     def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -133,6 +133,10 @@ def _logits(router_output: Tensor, score: str) -> Tensor:
     if are_probabilities(router_output):
         logits = logits.clamp(min=torch.finfo(logits.dtype).tiny).log()
     return logits - logits.mean(-1, keepdim=True)
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 @contextlib.contextmanager

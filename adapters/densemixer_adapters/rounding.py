@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import LOST
-from densemixer_adapters.metrics import sum_over_ranks
+from densemixer_adapters.metrics import Measured, sum_over_ranks
 
 
 class LostUpdates:
@@ -65,13 +65,14 @@ class LostUpdates:
                 self._counts[position][0] += lost.item()
                 self._counts[position][1] += whole.item()
 
-    def measure(self) -> dict[str, list[float]]:
-        """Of the last step, by layer, then over all of them. Collective: all ranks call it."""
+    def measure(self) -> dict[str, Measured]:
+        """Of the last step, by layer and over all of them. Collective: all ranks call it."""
         if not self._counts:
             return {}
         rows = sum_over_ranks(self._counts)
-        rows.append([sum(column) for column in zip(*rows, strict=True)])
-        return {LOST: [lost / whole if whole else math.nan for lost, whole in rows]}
+        layers = [lost / whole if whole else math.nan for lost, whole in rows]
+        lost, whole = (sum(column) for column in zip(*rows, strict=True))
+        return {LOST: Measured(layers, lost / whole if whole else math.nan)}
 
 
 def _mine(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import nn
 
 from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.metric_names import NORM
-from densemixer_adapters.metrics import RouterMeter, named, sum_over_ranks
+from densemixer_adapters.metrics import Measured, RouterMeter, named, sum_over_ranks
 from densemixer_adapters.probe import Probe
 from densemixer_adapters.rounding import LostUpdates
 
@@ -96,7 +96,7 @@ class RouterMetrics:
         if self._scale is None:
             gradients.pop(NORM, None)
         if all(layer.router_is_frozen for layer in self.layers):
-            gradients = {NORM: [0.0] * (len(self.layers) + 1)}
+            gradients = {NORM: Measured([0.0] * len(self.layers), 0.0)}
         routing = self._meter.load() | self._probe.measure() | self._meter.pairs_left_out()
         return named(self.layers, gradients | routing | self._lost.measure())
 

@@ -103,4 +103,5 @@ def test_router_metrics_are_those_of_the_other_batches(folder: str) -> None:
             found.append({**meter.gradients(), **meter.load()})
     assert found[0]
     for name, values in found[0].items():
-        assert found[1][name] == pytest.approx(values, rel=1e-5), name
+        assert found[1][name].layers == pytest.approx(values.layers, rel=1e-5), name
+        assert found[1][name].whole == pytest.approx(values.whole, rel=1e-5), name
