@@ -172,7 +172,7 @@ def test_the_probe(name: str) -> None:
         model(input_ids=ids)  # not a training forward
     model(input_ids=ids, attention_mask=mask, labels=ids)
     indices, logits = look()
-    assert probe.measure()["routing_change"] == probe.measure()["logit_drift"] == [0.0] * 3
+    assert probe.measure()["routing_change"] == probe.measure()["logit_drift"] == ([0.0] * 2, 0.0)
     with torch.no_grad():
         for block in family.blocks(model):
             block.gate.weight += 0.1 * torch.randn(block.gate.weight.shape)
@@ -180,10 +180,10 @@ def test_the_probe(name: str) -> None:
     found = probe.measure()
     for layer in range(2):
         gone = [len(set(a) - set(b)) for a, b in zip(indices[layer].tolist(), changed[layer].tolist(), strict=True)]
-        assert found["routing_change"][layer] == pytest.approx(sum(gone) / indices[layer].numel()) != 0
+        assert found["routing_change"].layers[layer] == pytest.approx(sum(gone) / indices[layer].numel()) != 0
         drift = (moved[layer] - logits[layer]).norm() / logits[layer].norm()
-        assert found["logit_drift"][layer] == pytest.approx(drift.item(), rel=1e-4)
-    assert found["routing_change"][2] == pytest.approx(sum(found["routing_change"][:2]) / 2)
+        assert found["logit_drift"].layers[layer] == pytest.approx(drift.item(), rel=1e-4)
+    assert found["routing_change"].whole == pytest.approx(sum(found["routing_change"].layers) / 2)
     assert model.training
     assert all(module.training for module in model.modules())
 
