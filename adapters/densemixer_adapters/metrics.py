@@ -65,9 +65,9 @@ class RouterMeter:
     that don't multiply their input by one weight have none here, and neither have frozen ones.
 
     Args:
-        layers: The layers to watch, on this rank. They must not be watched already, except by these meters:
+        layers: The layers, on this rank. They must not be watched already, unless by the meters that are given.
         load: Whether to count the experts' load too.
-        meters: What watches the layers already; by default they are watched from now on.
+        meters: What watches them already; by default they are watched from now on.
         ranks: How layers and tokens are spread over ranks.
     """
 

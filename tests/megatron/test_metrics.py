@@ -115,7 +115,6 @@ def test_float16_pairs_left_out() -> None:
 
 
 def test_each_step_starts_anew() -> None:
-    """Also one that isn't read."""
     layer = build(Case())
     handle = enable(layer, DenseMixerConfig(metrics=True))
     step(layer)

@@ -14,9 +14,9 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
 import torch
-from training import DEAD, build, train
+from training import DEAD, build, forward_backward, train, wrap
 
-from densemixer_adapters.megatron import enable
+from densemixer_adapters.megatron import attached, enable
 
 MEASURED = {"metrics": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -105,6 +105,15 @@ def test_removed_it_trains_as_before(off: dict[str, Any]) -> None:
     with enable(model):
         pass
     assert train(model) == off
+
+
+def test_gradients_of_a_step_that_is_not_read_are_forgotten(measured: dict[str, Any]) -> None:
+    model = build(moe_densemixer=MEASURED)
+    wrapped, _ = wrap([model])
+    for _ in range(2):
+        wrapped[0].zero_grad_buffer()
+        forward_backward(wrapped)
+    assert attached(model).metrics() == pytest.approx(measured["metrics"][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("by_flag", [True, False])

@@ -248,6 +248,7 @@ def wrap(chunks: Sequence[nn.Module], **distributed: Any) -> tuple[list[Any], An
     )
     with cpu.CudaIsCpu():
         optimizer = get_megatron_optimizer(options, wrapped)
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of the process; a layer alone leaves another shape in it
     return wrapped, optimizer
 
 
@@ -271,7 +272,6 @@ def train(model: Any, steps: int = STEPS, loss_scale: float | None = None, **dis
     if loss_scale is not None:
         config.grad_scale_func = lambda loss: loss * loss_scale
     writer = Writer()
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of the process; a layer alone leaves another shape in it
     losses: list[float] = []
     gradients: dict[str, Any] = {}
     for step in range(steps):
