@@ -35,7 +35,7 @@ from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, straight_through
 from densemixer_core.estimators import extra_score_gradient
 from densemixer_core.routing import score_gradient_to_logits, score_sensitivity
-from densemixer_core.sampling import draw_pairs, share_of_pairs, typical_size
+from densemixer_core.sampling import draw_pairs, offsets, share_of_pairs, typical_size
 
 LENGTH = 256
 ROWS = 16  # sequences of a forward; larger steps accumulate
@@ -149,9 +149,10 @@ def before(part: Part, config: DenseMixerConfig) -> Tensor:
     sensitivity = score_sensitivity(part.scores, "softmax") * part.factor
     importance = sensitivity.scatter(1, part.index, 0) * norm
     pilots = count // PAIRS_PER_PILOT_BEFORE
-    pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, config.seed)
+    offset, next_offset = offsets(importance, config.seed)
+    pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset)
     size = (dots / norm).nan_to_num(0, 0, 0).t().flatten()[pairs.place]
-    pairs = draw_pairs(importance * typical_size(size, pairs, tokens), count - pilots, config.seed + 1)
+    pairs = draw_pairs(importance * typical_size(size, pairs, tokens), count - pilots, next_offset)
     factors = torch.zeros(experts * tokens, dtype=torch.float64).index_add_(0, pairs.place, pairs.factor)
     extra = extra_score_gradient(dots, part.index, part.factor, mean_output(part, config.estimator))
     return part.router_gradient(extra * factors.view(experts, tokens).t())
