@@ -71,21 +71,26 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
 
     norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)[token]
     # Without numbers where there is no gradient, or in float16 beyond its range.
-    dots, first, own, second = (
+    target, output, own, others = (
         torch.where(counts, (along / norm).nan_to_num(0.0, 0.0, 0.0), 0.0)
         for along in (dots, along[token], along_own, along_others)
     )
-    both = torch.stack([first, second])
-    # One more pair that is zero, of usual size: where no expert has two pairs, `second` is nothing but rounding.
-    pair = torch.stack([first, own]).square().sum(1) / counts.sum().clamp(min=1) + torch.finfo(dots.dtype).tiny
-    beta, gamma = torch.linalg.solve_ex(both @ both.t() + pair.diag(), both @ dots).result  # `solve` would wait
-
-    rest = dots - gamma * second
-    above, below = both.new_zeros(2, len(ends)).index_add_(1, expert, torch.stack([first * rest, first.square()]))
-    common = _PAIRS_FOR_BETA * pair[0]
-    betas = (above + common * beta) / (below + common)
+    # Each fit sees one more pair, which is zero, of usual size. Of `own`: `others` may be nothing but rounding.
+    one, one_of_mean = (along.square().sum() / counts.sum().clamp(min=1) for along in (output, own))
+    apart = others - _slope(others, output, one) * output
+    gamma = _slope(target, apart, one_of_mean)
+    rest = target - gamma * others
+    beta = _slope(rest, output, one)
+    above, below = sums.new_zeros(2, len(ends)).index_add_(1, expert, torch.stack([output * rest, output.square()]))
+    more = _PAIRS_FOR_BETA * one + torch.finfo(dots.dtype).tiny
+    betas = (above + more * beta) / (below + more)
     control = torch.outer(betas, along) + gamma * along_mean
-    return control.nan_to_num(0.0, 0.0, 0.0), rest - betas[expert] * first
+    return control.nan_to_num(0.0, 0.0, 0.0), rest - betas[expert] * output
+
+
+def _slope(of: Tensor, by: Tensor, more: Tensor) -> Tensor:
+    """The coefficient of a least-squares fit, drawn towards 0 by ``more``."""
+    return (of * by).sum() / (by.square().sum() + more + torch.finfo(by.dtype).tiny)
 
 
 _PAIRS_FOR_MEAN = 4

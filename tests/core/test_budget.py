@@ -17,6 +17,7 @@ from test_straight_through import LiveBytes, assert_equal_gradients, cases
 from torch.utils.checkpoint import checkpoint
 
 from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, sampled_dots
+from densemixer_core.control import fit
 from densemixer_core.routing import SCORE_FUNCTIONS, router_scores, score_gradient_to_logits, score_sensitivity
 from densemixer_core.sampling import Pairs, draw_pairs, inclusion_probabilities, offsets
 
@@ -141,10 +142,15 @@ def test_each_drawn_pair_in_every_dtype_and_memory_bound(
         draws.append(draw_pairs(*args))
         return draws[-1]
 
+    def without_control(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        control, rest = fit(*args)
+        return torch.zeros_like(control), rest
+
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("densemixer_core.experts.draw_pairs", draw)
+        patch.setattr("densemixer_core.experts.fit", without_control)
         counted = StackedExperts(layer.weights, dataclasses.replace(layer.layout, activation=activation))
-        known = Known(importance, torch.zeros(case.tokens, 1))  # so an undrawn pair's estimate is zero
+        known = Known(importance, torch.ones(case.tokens, 1))
         ours = sampled_dots(layer.x, layer.g, known, count, 0, counted, workspace_bytes=bound)
         exact = expert_dots(layer.x, layer.g, experts)
         whole = Layer(case, dtype)
