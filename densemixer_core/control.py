@@ -8,8 +8,8 @@ The control is known for every pair, so that the draw needs to make up for the r
 
     estimate = (⟨g, E_j(x)⟩ − control)/π + control for a drawn pair; control for another
 
-Whatever the coefficients are, its mean over draws is ⟨g, E_j(x)⟩, as long as they don't depend on the draw: the pilot is
-another one. In sampling theory this is the difference estimator (Cochran, "Sampling Techniques", 1977).
+Whatever the coefficients are, its mean over draws is ⟨g, E_j(x)⟩, as long as they don't depend on the draw: the pilot
+is another one. In sampling theory this is the difference estimator (Cochran, "Sampling Techniques", 1977).
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class Pilot(NamedTuple):
 def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
     """Fit the control by least squares to the pilot's inner products over ‖g‖, in which all pairs count the same.
 
-    An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as by
-    `_PAIRS_FOR_BETA`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the mean
-    would seem better than it is.
+    An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as
+    by `_PAIRS_FOR_BETA`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the
+    mean would seem better than it is.
 
     Args:
         g: The gradient of the experts' output, [tokens, hidden].

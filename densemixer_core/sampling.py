@@ -1,14 +1,15 @@
 """Which (token, unselected expert) pairs are evaluated when the budget doesn't allow all of them.
 
-Each pair is drawn with a probability π proportional to its importance, and what isn't known of it beforehand (`control`)
-counts 1/π times if it is drawn. The mean over draws is therefore the exact gradient (Horvitz & Thompson, "A
-Generalization of Sampling Without Replacement From a Finite Universe", 1952). The draw is systematic: the pairs lie one after the other on a line, each as long as its π, and
-a comb with teeth at distance 1 and a random offset picks them. So the number of pairs is known without asking the
-device, each expert and each stretch of tokens gets its due share, and the pairs come sorted by expert.
+Each pair is drawn with a probability π, and what a drawn pair adds to what was known of it beforehand (`control`)
+counts 1/π times. The mean over draws is therefore the exact gradient (Horvitz & Thompson, "A Generalization of Sampling
+Without Replacement From a Finite Universe", 1952). The draw is systematic: the pairs lie one after the other on a line,
+each as long as its π, and a comb with teeth at distance 1 and a random offset picks them. So the number of pairs is
+known without asking the device, each expert and each stretch of tokens gets its due share, and the pairs come sorted by
+expert.
 
-The error is least if a pair's importance is ‖dp_j/dz‖·c·|⟨g, E_j(x)⟩ − control|, which moves the router's logits. Of
-that the first two factors are known (`routing.score_sensitivity`), and the difference is ‖g‖ times a size that is typical
-of the expert; a pilot, a draw of its own in which all experts have the same share, measures these sizes.
+The error is least if π is proportional to ‖dp_j/dz‖·c·|⟨g, E_j(x)⟩ − control|, which moves the router's logits. Of that
+the first two factors are known (`routing.score_sensitivity`), and the difference is ‖g‖ times a size that is typical of
+the expert; a pilot, a draw of its own in which all experts have the same share, measures these sizes.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def inclusion_probabilities(importance: Tensor, count: int) -> Tensor:
 
 
 def offsets(numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Two offsets for `draw_pairs`, independent and uniform over seeds and over data: hashes of the numbers and the seed.
+    """Two offsets for `draw_pairs`: hashes of the numbers and the seed, independent and uniform over seeds and data.
 
     So a run that is repeated or resumed draws the same, ranks with different tokens draw differently and ranks with the
     same tokens the same, and no random generator of the host's is touched.

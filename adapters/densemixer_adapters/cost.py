@@ -16,8 +16,8 @@ def extra_operations(model: Any, layers: Sequence[DenseMixerLayer]) -> float:
     """What layers add to the backward, in floating-point operations a token.
 
     With all experts these are the up projection of x and the down projection of g by each of a layer's E experts; with
-    a budget b below 1, by b·(E − k) of them, where k are selected, and the product of g and the E experts' means. Layers
-    whose router is frozen add nothing.
+    a budget b below 1, by b·(E − k) of them, where k are selected, and the product of g and the E experts' mean
+    outputs. Layers whose router is frozen add nothing.
 
     Args:
         model: The model that they are layers of; any module.

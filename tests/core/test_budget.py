@@ -83,9 +83,7 @@ def unchanged(layer: Layer) -> None:
     ],
     ids=["experts alike", "repeated tokens and g of zeros", "experts that no pilot has", "one token", "one pair"],
 )
-def test_a_bias_of_a_tenth_of_a_draws_error_would_show(
-    case: Case, count: int, change: Callable[[Layer], None]
-) -> None:
+def test_a_bias_of_a_tenth_of_a_draws_error_would_show(case: Case, count: int, change: Callable[[Layer], None]) -> None:
     layer = Layer(case)
     change(layer)
     experts = StackedExperts(layer.weights, layer.layout)
