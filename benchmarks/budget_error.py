@@ -6,14 +6,15 @@ On five kinds of layers: those of two small models that are trained on the sourc
 moment (one of our own, and the demo's); one of copies of nearly one network, as up-cycling makes them; one of random
 experts; and one of specialists, which do much for inputs that the router sends them and little for others.
 
-Compared is the extra gradient of a router's weight, what DenseMixer adds to the conventional one, alone: the whole would
-flatter, since most of it is the same at each budget.
+Compared is the extra gradient of a router's weight, what DenseMixer adds to the conventional one, alone: the whole
+would flatter, since most of it is the same at each budget.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import sys
 import sysconfig
 import tempfile
@@ -35,7 +36,7 @@ from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, straight_through
 from densemixer_core.estimators import extra_score_gradient
 from densemixer_core.routing import score_gradient_to_logits, score_sensitivity
-from densemixer_core.sampling import draw_pairs, share_of_pairs, typical_size
+from densemixer_core.sampling import draw_pairs, offsets, share_of_pairs, typical_size
 
 LENGTH = 256
 ROWS = 16  # sequences of a forward; larger steps accumulate
@@ -47,13 +48,13 @@ PAIRS_PER_PILOT_BEFORE = 32
 def main() -> None:
     parser = argparse.ArgumentParser("make bench-budget", description=__doc__.split("\n")[0])
     parser.add_argument("--budgets", nargs="+", type=float, default=[1 / 8, 1 / 16, 1 / 32, 1 / 64])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 16384], help="tokens of a step")
-    parser.add_argument("--train", type=int, default=400, help="steps of training of our own model")
+    parser.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens of a step")
+    parser.add_argument("--train", type=int, default=120, help="steps of training of both models")
     parser.add_argument("--seeds", type=int, default=8, help="draws of each budget")
     arguments = parser.parse_args()
     console = Console(width=110)
     data = library()
-    models = {"trained": trained(data, arguments.train), "demo": demo_model()}
+    models = {"trained": trained(data, arguments.train), "demo": demo_model(arguments.train)}
 
     budgets = sorted(arguments.budgets, reverse=True)
     table = Table("tokens a step", "layer", "estimator", *(f"1/{1 / budget:g}" for budget in budgets))
@@ -96,6 +97,10 @@ class Part:
         """c of weights that are renormalised, [tokens, 1]."""
         return 1 / self.scores.gather(1, self.index).sum(1, keepdim=True)
 
+    @functools.cached_property
+    def dots(self) -> Tensor:
+        return expert_dots(self.x, self.g, self.experts)
+
     def router_gradient(self, extra: Tensor) -> Tensor:
         return (score_gradient_to_logits(extra, self.scores, "softmax").double().t() @ self.x.double()).flatten()
 
@@ -113,8 +118,7 @@ def compare(parts: list[Part], estimator: str, budget: float, seeds: int) -> str
 
 
 def exact(part: Part, estimator: str) -> Tensor:
-    dots = expert_dots(part.x, part.g, part.experts)
-    return part.router_gradient(extra_score_gradient(dots, part.index, part.factor, mean_output(part, estimator)))
+    return part.router_gradient(extra_score_gradient(part.dots, part.index, part.factor, mean_output(part, estimator)))
 
 
 def mean_output(part: Part, estimator: str) -> Tensor | None:
@@ -142,18 +146,18 @@ def now(part: Part, config: DenseMixerConfig) -> Tensor:
 
 def before(part: Part, config: DenseMixerConfig) -> Tensor:
     """By importance alone: a drawn pair counts 1/π times, another not at all."""
-    dots = expert_dots(part.x, part.g, part.experts)
-    tokens, experts = dots.shape
+    tokens, experts = part.dots.shape
     count = share_of_pairs(tokens * (experts - part.index.shape[1]), config.budget)
     norm = part.g.norm(dim=1, keepdim=True)
     sensitivity = score_sensitivity(part.scores, "softmax") * part.factor
     importance = sensitivity.scatter(1, part.index, 0) * norm
     pilots = count // PAIRS_PER_PILOT_BEFORE
-    pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, config.seed)
-    size = (dots / norm).nan_to_num(0, 0, 0).t().flatten()[pairs.place]
-    pairs = draw_pairs(importance * typical_size(size, pairs, tokens), count - pilots, config.seed + 1)
+    offset, next_offset = offsets(importance, config.seed)
+    pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset)
+    size = (part.dots / norm).nan_to_num(0, 0, 0).t().flatten()[pairs.place]
+    pairs = draw_pairs(importance * typical_size(size, pairs, tokens), count - pilots, next_offset)
     factors = torch.zeros(experts * tokens, dtype=torch.float64).index_add_(0, pairs.place, pairs.factor)
-    extra = extra_score_gradient(dots, part.index, part.factor, mean_output(part, config.estimator))
+    extra = extra_score_gradient(part.dots, part.index, part.factor, mean_output(part, config.estimator))
     return part.router_gradient(extra * factors.view(experts, tokens).t())
 
 
@@ -252,7 +256,7 @@ def trained(data: Tensor, steps: int) -> tuple[Qwen3MoeForCausalLM, Tensor]:
     return model, data
 
 
-def demo_model() -> tuple[Any, Tensor]:
+def demo_model(steps: int) -> tuple[Any, Tensor]:
     """The demo's start model, and the library in its tokens."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
     import model as start
@@ -260,7 +264,7 @@ def demo_model() -> tuple[Any, Tensor]:
     from settings import Settings
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(folder, "densemixer", 0, 160, 8, 256, 5e-4, 0, "cpu")
+        settings = Settings(folder, "densemixer", 0, steps, 4, 256, 5e-4, 0, "cpu")
         start.pretrain(library_files(), settings)
         model, tokenizer = start.load(settings)
     torch.use_deterministic_algorithms(False)

@@ -68,8 +68,10 @@ class Shape:
 
     def extra_operations(self, tokens: int, budget: float = 1.0) -> float:
         """Floating-point operations that DenseMixer adds to one layer's backward."""
-        share = 1.0 if budget == 1 else budget * (1 - self.top_k / self.experts)
-        return share * tokens * self.experts * 6 * self.hidden * self.ffn
+        if budget == 1:
+            return tokens * self.experts * 6 * self.hidden * self.ffn
+        means = tokens * self.experts * 2 * self.hidden
+        return budget * tokens * (self.experts - self.top_k) * 6 * self.hidden * self.ffn + means
 
 
 SHAPES = {

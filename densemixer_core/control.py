@@ -1,14 +1,15 @@
-"""What is known of each pair before it is drawn, and what a pilot makes of it.
+"""What is known of the inner products before they are evaluated, and what a pilot makes of it.
 
-An expert's output resembles that of the selected ones, more or less: ⟨g, E_j(x)⟩ is near β_j·⟨g, y/Σ_selected w⟩, with
-a β_j of 1 where all experts are nearly one network, and of 0 where they have nothing in common. That inner product is
-known for every token, so that the drawn pairs need to make up for the rest alone:
+An expert's output resembles that of the selected ones, more or less, and it resembles its outputs for other tokens:
 
-    estimate = (⟨g, E_j(x)⟩ − control)/π + control for a drawn pair, control for another; control = β_j·⟨g, y/Σ w⟩
+    ⟨g, E_j(x)⟩ ≈ control = β_j·⟨g, y⟩/Σ_selected w + γ·⟨g, m_j⟩, where m_j is the mean of E_j in a pilot
 
-Whatever the β_j are, its mean over draws is ⟨g, E_j(x)⟩, as long as they don't depend on the draw itself: they are fitted
-on the pilot, another draw. This is a control variate, in sampling theory the difference estimator (Cochran, "Sampling
-Techniques", 1977, chapter 7).
+The control is known for every pair, so that the draw needs to make up for the rest alone:
+
+    estimate = (⟨g, E_j(x)⟩ − control)/π + control for a drawn pair; control for another
+
+Whatever the coefficients are, its mean over draws is ⟨g, E_j(x)⟩, as long as they don't depend on the draw: the pilot
+is another one. In sampling theory this is the difference estimator (Cochran, "Sampling Techniques", 1977).
 """
 
 from __future__ import annotations
@@ -33,31 +34,64 @@ class Known(NamedTuple):
     along: Tensor
 
 
-def fit(size: Tensor, along: Tensor, pairs: Pairs, tokens: int) -> tuple[Tensor, Tensor]:
-    """Fit β_j by least squares on a pilot, in which all experts have the same share.
+class Pilot(NamedTuple):
+    """Evaluated pairs, of which all experts have the same share.
 
-    All pairs count the same. An expert's β_j is drawn towards the one of all experts by as much as `_COMMON_PAIRS` pairs
-    would, and that one towards 0 by one pair.
+    Attributes:
+        pairs: Which they are.
+        dots: ⟨g, E_j(x)⟩, [pairs].
+        sums: The sum of E_j(x) over the pairs of each expert, [experts, hidden].
+    """
+
+    pairs: Pairs
+    dots: Tensor
+    sums: Tensor
+
+
+def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+    """Fit the control by least squares to the pilot's inner products over ‖g‖, in which all pairs count the same.
+
+    An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as
+    by `_PAIRS_FOR_BETA`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the
+    mean would seem better than it is.
 
     Args:
-        size: ⟨g, E_j(x)⟩/‖g‖ of the pilot's pairs, [pairs].
-        along: ⟨g, y⟩/(‖g‖·Σ_selected w) of their tokens, [pairs].
-        pairs: The pilot.
-        tokens: How many tokens there are.
+        g: The gradient of the experts' output, [tokens, hidden].
+        along: ⟨g, y⟩/Σ_selected w, [tokens].
 
     Returns:
-        β_j, [experts], and size − β_j·along, [pairs].
+        The control, [experts, tokens], and what it leaves of the pilot's inner products over ‖g‖, [pairs].
     """
-    counts = pairs.factor > 0
-    expert = pairs.place // tokens
-    products = torch.where(counts, torch.stack([size * along, along.square()]), 0)
-    moments = products.new_zeros(2, len(pairs.ends)).index_add_(1, expert, products)
-    together, alone = moments.sum(1)
-    pair = alone / counts.sum().clamp(min=1)
-    smallest = torch.finfo(size.dtype).tiny
-    common = together / (alone + pair).clamp(min=smallest)
-    coefficient = (moments[0] + _COMMON_PAIRS * pair * common) / (moments[1] + _COMMON_PAIRS * pair).clamp(min=smallest)
-    return coefficient, size - coefficient[expert] * along
+    (place, factor, ends), dots, sums = pilot
+    expert, token, counts = place // len(g), place % len(g), factor > 0
+    size = ends.diff(prepend=ends.new_zeros(1)) + _PAIRS_FOR_MEAN
+    along_mean = ((sums / size.unsqueeze(1)).to(g.dtype) @ g.t()).to(dots.dtype)
+    along_own = along_mean[expert, token]
+    along_others = (along_own * size[expert] - dots) / (size[expert] - 1)
+
+    norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)[token]
+    # Without numbers where there is no gradient, or in float16 beyond its range.
+    target, output, own, others = (
+        torch.where(counts, (along / norm).nan_to_num(0.0, 0.0, 0.0), 0.0)
+        for along in (dots, along[token], along_own, along_others)
+    )
+    # Each fit sees one more pair, which is zero, of usual size. Of `own`: `others` may be nothing but rounding.
+    one, one_of_mean = (along.square().sum() / counts.sum().clamp(min=1) for along in (output, own))
+    apart = others - _slope(others, output, one) * output
+    gamma = _slope(target, apart, one_of_mean)
+    rest = target - gamma * others
+    beta = _slope(rest, output, one)
+    above, below = sums.new_zeros(2, len(ends)).index_add_(1, expert, torch.stack([output * rest, output.square()]))
+    more = _PAIRS_FOR_BETA * one + torch.finfo(dots.dtype).tiny
+    betas = (above + more * beta) / (below + more)
+    control = torch.outer(betas, along) + gamma * along_mean
+    return control.nan_to_num(0.0, 0.0, 0.0), rest - betas[expert] * output
 
 
-_COMMON_PAIRS = 4
+def _slope(of: Tensor, by: Tensor, more: Tensor) -> Tensor:
+    """The coefficient of a least-squares fit, drawn towards 0 by ``more``."""
+    return (of * by).sum() / (by.square().sum() + more + torch.finfo(by.dtype).tiny)
+
+
+_PAIRS_FOR_MEAN = 4
+_PAIRS_FOR_BETA = 8

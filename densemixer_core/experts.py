@@ -11,16 +11,18 @@ its inner product with g cheap:
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from densemixer_core import products
-from densemixer_core.control import Known, fit
+from densemixer_core.control import Known, Pilot, fit
 from densemixer_core.kernel import fused
-from densemixer_core.products import affine, oriented, room_for_dots, row_dots, temporary_bytes
-from densemixer_core.sampling import Pairs, draw_pairs, typical_size
+from densemixer_core.products import affine, oriented, room_for_dots, row_dots, row_outputs, scaled, temporary_bytes
+from densemixer_core.sampling import Pairs, draw_pairs, offsets, typical_size
 from densemixer_core.weights import StackedExperts
 
 
@@ -66,7 +68,7 @@ def sampled_dots(
         x: As in `expert_dots`, and so are ``g``, ``experts`` and ``dtype``.
         known: What is known of the pairs.
         count: How many pairs are evaluated.
-        seed: Chooses the draw, see `sampling.draw_pairs`.
+        seed: Chooses the draws, see `sampling.offsets`.
         workspace_bytes: Upper bound on the temporaries; the pairs are split to stay below it. A copy of the weights in
             another dtype comes on top.
 
@@ -84,35 +86,42 @@ def sampled_dots(
     biases = [None if bias is None else bias.to(dtype) for bias in weights[2:4]]
     rows = max(1, workspace_bytes // (temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
 
-    def evaluate(pairs: Pairs) -> Tensor:
-        start, parts = 0, []
+    def split(pairs: Pairs) -> Iterator[tuple[Tensor, Tensor, tuple[Any, ...]]]:
+        """Expert and token of as many pairs at a time as fit, and how these experts compute."""
+        start = 0
         for place in torch.split(pairs.place, rows):
             expert, token = place // tokens, place % tokens
             up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
             grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
-            part = row_dots(x[token], g[token], up, down, up_bias, down_bias, layout, grouped)
-            parts.append(part if weights.scale is None else part * weights.scale[expert].to(part.dtype))
+            yield expert, token, (up, down, up_bias, down_bias, layout, grouped)
             start += len(place)
-        return torch.cat(parts)
+
+    def evaluate(pairs: Pairs) -> Tensor:
+        return torch.cat([row_dots(x[token], g[token], *how) for _, token, how in split(pairs)])
+
+    def evaluate_outputs(pairs: Pairs) -> Pilot:
+        sums, parts = dots.new_zeros(stacked, x.shape[1]), []
+        for expert, token, how in split(pairs):
+            outputs = row_outputs(x[token], *how)
+            parts.append(torch.sum(outputs * g[token], -1, dtype=dots.dtype))
+            sums.index_add_(0, expert, outputs.to(dots.dtype))
+        return Pilot(pairs, torch.cat(parts), sums)
 
     norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)
-    along = known.along.squeeze(1).to(dots.dtype)
     importance = known.sensitivity[:, :stacked] * norm.unsqueeze(1)
+    # Of what doesn't depend on the pilot: on a GPU its sums differ in their rounding from run to run.
+    offset, next_offset = offsets(importance, seed)
     if pilots := count // PAIRS_PER_PILOT:
-        pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, seed)
-        token = pairs.place % tokens
-        # Without numbers where there is no gradient, or in float16 beyond its range.
-        size, part = ((of / norm[token]).nan_to_num(0.0, 0.0, 0.0) for of in (evaluate(pairs), along[token]))
-        coefficient, rest = fit(size, part, pairs, tokens)
-        dots[:stacked] = torch.outer(coefficient, along)
+        pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset)
+        dots[:stacked], rest = fit(evaluate_outputs(pairs), g, known.along.squeeze(1).to(dots.dtype))
         importance = importance * typical_size(rest, pairs, tokens).to(importance.dtype)
-    pairs = draw_pairs(importance, count - pilots, seed + 1)
+    pairs = draw_pairs(importance, count - pilots, next_offset)
     rest = (evaluate(pairs) - dots.view(-1)[pairs.place]) * pairs.factor.to(dots.dtype)
     dots.view(-1).index_add_(0, pairs.place, torch.where(pairs.factor > 0, rest, 0))
-    return dots.t()
+    return scaled(dots, weights.scale).t()
 
 
-PAIRS_PER_PILOT = 16
+PAIRS_PER_PILOT = 8
 """Of so many pairs one is spent on the pilot."""
 
 

@@ -72,11 +72,25 @@ def row_dots(
 ) -> Tensor:
     """The inner product of each row of g, [rows, hidden], with the expert's output for that row of x, [rows]."""
     accumulate = torch.promote_types(x.dtype, torch.float32)
-    hidden = layout.activation(multiply(x, up, up_bias))
     if layout.post_norm is not None:
-        return torch.sum(layout.post_norm(multiply(hidden, down, down_bias)) * g, -1, dtype=accumulate)
+        return torch.sum(row_outputs(x, up, down, up_bias, down_bias, layout, multiply) * g, -1, dtype=accumulate)
+    hidden = layout.activation(multiply(x, up, up_bias))
     dots = torch.sum(multiply(g, down.mT, None).mul_(hidden), -1, dtype=accumulate)
     return dots if down_bias is None else dots + torch.sum(g * down_bias, -1, dtype=accumulate)
+
+
+def row_outputs(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    layout: ExpertLayout,
+    multiply: Affine,
+) -> Tensor:
+    """The expert's output for each row of x, [rows, hidden], without its scale."""
+    output = multiply(layout.activation(multiply(x, up, up_bias)), down, down_bias)
+    return output if layout.post_norm is None else layout.post_norm(output)
 
 
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,14 +1,15 @@
 """Which (token, unselected expert) pairs are evaluated when the budget doesn't allow all of them.
 
-Each pair is drawn with a probability π proportional to its importance, and what isn't known of it beforehand (`control`)
-counts 1/π times if it is drawn. The mean over draws is therefore the exact gradient (Horvitz & Thompson, "A
-Generalization of Sampling Without Replacement From a Finite Universe", 1952). The draw is systematic: the pairs lie one after the other on a line, each as long as its π, and
-a comb with teeth at distance 1 and a random offset picks them. So the number of pairs is known without asking the
-device, each expert and each stretch of tokens gets its due share, and the pairs come sorted by expert.
+Each pair is drawn with a probability π, and what a drawn pair adds to what was known of it beforehand (`control`)
+counts 1/π times. The mean over draws is therefore the exact gradient (Horvitz & Thompson, "A Generalization of Sampling
+Without Replacement From a Finite Universe", 1952). The draw is systematic: the pairs lie one after the other on a line,
+each as long as its π, and a comb with teeth at distance 1 and a random offset picks them. So the number of pairs is
+known without asking the device, each expert and each stretch of tokens gets its due share, and the pairs come sorted by
+expert.
 
-The error is least if a pair's importance is ‖dp_j/dz‖·c·|⟨g, E_j(x)⟩ − control|, which moves the router's logits. Of
-that the first two factors are known (`routing.score_sensitivity`), and the difference is ‖g‖ times a size that is typical
-of the expert; a pilot, a draw of its own in which all experts have the same share, measures these sizes.
+The error is least if π is proportional to ‖dp_j/dz‖·c·|⟨g, E_j(x)⟩ − control|, which moves the router's logits. Of that
+the first two factors are known (`routing.score_sensitivity`), and the difference is ‖g‖ times a size that is typical of
+the expert; a pilot, a draw of its own in which all experts have the same share, measures these sizes.
 """
 
 from __future__ import annotations
@@ -35,23 +36,19 @@ class Pairs(NamedTuple):
     ends: Tensor
 
 
-def draw_pairs(importance: Tensor, count: int, seed: int) -> Pairs:
+def draw_pairs(importance: Tensor, count: int, offset: Tensor) -> Pairs:
     """Draw ``count`` pairs, without waiting for the device.
-
-    The offset of the comb is a hash of ``seed`` and of the probabilities. So a run that is repeated or resumed draws
-    the same, ranks with different tokens draw differently and ranks with the same tokens the same, and no random
-    generator of the host's is touched.
 
     Args:
         importance: Nonnegative, [tokens, experts]; pairs with zero are never drawn.
         count: How many, at least 1. If fewer have an importance above zero, each of these is drawn once, and the rest
             has the factor 0.
-        seed: Any integer.
+        offset: Of the comb, a scalar between 0 and 1, float64.
     """
     tokens, experts = importance.shape
     line = inclusion_probabilities(importance.t().to(torch.float64).contiguous(), count).flatten()
     ends = line.cumsum(0)
-    teeth = _uniform(line, seed) + torch.arange(count, dtype=torch.float64, device=line.device)
+    teeth = offset + torch.arange(count, dtype=torch.float64, device=line.device)
     # Not-a-number, as a gradient scaler expects it at times, must not lead out of the line.
     drawn = torch.searchsorted(ends, teeth, right=True).clamp(max=line.numel() - 1)
     factor = torch.where(teeth < ends[-1], 1 / line[drawn], 0.0)
@@ -97,9 +94,23 @@ def inclusion_probabilities(importance: Tensor, count: int) -> Tensor:
     return (scale.clamp(max=1e300) * importance).clamp(max=1)
 
 
-def _uniform(numbers: Tensor, seed: int) -> Tensor:
-    """A hash of float64 numbers and the seed, between 0 and 1: the finaliser of SplitMix64 (Steele et al., 2014)."""
-    bits = numbers.view(torch.int64).sum() + (seed * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
+def offsets(numbers: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two offsets for `draw_pairs`: hashes of the numbers and the seed, independent and uniform over seeds and data.
+
+    So a run that is repeated or resumed draws the same, ranks with different tokens draw differently and ranks with the
+    same tokens the same, and no random generator of the host's is touched.
+
+    Args:
+        numbers: At least one of them, of any shape.
+        seed: Any integer.
+    """
+    bits = numbers.to(torch.float64).contiguous().view(torch.int64).sum()
+    return _hash(bits, 2 * seed), _hash(bits, 2 * seed + 1)
+
+
+def _hash(bits: Tensor, seed: int) -> Tensor:
+    """Between 0 and 1, float64: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    bits = bits + (seed * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63
     for factor in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
         bits = (bits ^ ((bits >> 30) & _MASK)) * (factor - 2**64)
     return ((bits ^ ((bits >> 31) & _MASK >> 1)) & ((1 << 53) - 1)).to(torch.float64) / 2**53

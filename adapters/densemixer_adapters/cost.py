@@ -16,17 +16,14 @@ def extra_operations(model: Any, layers: Sequence[DenseMixerLayer]) -> float:
     """What layers add to the backward, in floating-point operations a token.
 
     With all experts these are the up projection of x and the down projection of g by each of a layer's E experts; with
-    a budget b below 1, by b·(E − k) of them, where k are selected. Layers whose router is frozen add nothing.
+    a budget b below 1, by b·(E − k) of them, where k are selected, and the product of g and the E experts' mean
+    outputs. Layers whose router is frozen add nothing.
 
     Args:
         model: The model that they are layers of; any module.
         layers: Layers that DenseMixer is attached to.
     """
-    return sum(
-        _evaluated_experts(model, layer) * sum(2.0 * math.prod(shape[1:]) for shape in layer.matrices)
-        for layer in layers
-        if not layer.router_is_frozen
-    )
+    return sum(_operations(model, layer) for layer in layers if not layer.router_is_frozen)
 
 
 def selected_experts(model: Any, layer: DenseMixerLayer) -> int | None:
@@ -41,11 +38,13 @@ def selected_experts(model: Any, layer: DenseMixerLayer) -> int | None:
     return None
 
 
-def _evaluated_experts(model: Any, layer: DenseMixerLayer) -> float:
-    """For each token, in the mean."""
-    config, experts = layer.config, layer.matrices[0][0]
+def _operations(model: Any, layer: DenseMixerLayer) -> float:
+    """Of one layer, for each token in the mean."""
+    config, ((experts, *up), (_, *down)) = layer.config, layer.matrices
+    pair = 2.0 * (math.prod(up) + math.prod(down))
     if config.estimator == "conventional":
         return 0.0
     if config.budget == 1:
-        return experts
-    return config.budget * (experts - (selected_experts(model, layer) or 0))
+        return experts * pair
+    hidden = up[0] if getattr(layer.experts, "is_transposed", False) else up[1]
+    return config.budget * (experts - (selected_experts(model, layer) or 0)) * pair + experts * 2.0 * hidden

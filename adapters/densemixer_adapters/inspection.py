@@ -6,7 +6,7 @@ Floating-point operations a token, with two for each multiplication and addition
   E experts; attention is 4·(T/2)·heads·head_dim a layer for sequences of T tokens, causal.
 - conventional training: 3·F, or 4·F with gradient checkpointing.
 - DenseMixer, in the backward: X = 2·(parameters of all experts of its layers), the up projection of x and the down
-  projection of g; with a budget b < 1, b·(1 − k/E) of that.
+  projection of g; with a budget b < 1, b·(1 − k/E) of that, and 2·E·hidden for each layer.
 
 So a step takes 1 + X / 3F (or 4F) times as long where all matrix products run equally fast. Norms and activation
 functions are left out on both sides; attention counts as full where it slides or is linear.

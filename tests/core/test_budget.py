@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.routing import SCORE_FUNCTIONS, router_scores, score_gradient_to_logits, score_sensitivity
-from densemixer_core.sampling import Pairs, draw_pairs, inclusion_probabilities
+from densemixer_core.sampling import Pairs, draw_pairs, inclusion_probabilities, offsets
 
 
 @pytest.mark.parametrize(
@@ -139,10 +139,15 @@ def test_each_drawn_pair_in_every_dtype_and_memory_bound(
         draws.append(draw_pairs(*args))
         return draws[-1]
 
+    def without_control(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        control, rest = fit(*args)
+        return torch.zeros_like(control), rest
+
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("densemixer_core.experts.draw_pairs", draw)
+        patch.setattr("densemixer_core.experts.fit", without_control)
         counted = StackedExperts(layer.weights, dataclasses.replace(layer.layout, activation=activation))
-        known = Known(importance, torch.zeros(case.tokens, 1))  # so an undrawn pair's estimate is zero
+        known = Known(importance, torch.ones(case.tokens, 1))
         ours = sampled_dots(layer.x, layer.g, known, count, 0, counted, workspace_bytes=bound)
         exact = expert_dots(layer.x, layer.g, experts)
         whole = Layer(case, dtype)
@@ -181,7 +186,7 @@ def test_draws_have_the_promised_probabilities(tokens: int, experts: int, share:
     ratio = (probability / importance)[free]
     assert not len(ratio) or ratio.max() / ratio.min() < 1 + 1e-9
 
-    pairs = draw_pairs(importance, count, seed)
+    pairs = draw_pairs(importance, count, offsets(importance, seed)[0])
     drawn = pairs.factor > 0
     torch.testing.assert_close(1 / pairs.factor[drawn], probability.t().flatten()[pairs.place[drawn]])
     assert len(pairs.place) == count
@@ -191,12 +196,18 @@ def test_draws_have_the_promised_probabilities(tokens: int, experts: int, share:
 
 def test_the_offset_of_the_comb_is_uniform() -> None:
     """Over seeds, and over data: 16 equally probable pairs of which one is drawn."""
-    for draws in (
-        [draw_pairs(torch.ones(4, 4), 1, seed) for seed in range(1600)],
-        [draw_pairs(torch.ones(4, 4) + torch.eye(4) * step * 1e-6, 1, 0) for step in range(1600)],
+    ones = torch.ones(4, 4)
+    for pairs_of_offsets in (
+        [offsets(ones, seed) for seed in range(1600)],
+        [offsets(ones + torch.eye(4) * step * 1e-6, 0) for step in range(1600)],
     ):
-        counts = torch.bincount(torch.cat([pairs.place for pairs in draws]), minlength=16)
-        assert ((counts - 100).square() / 100).sum() < 37.7  # χ² with 15 degrees of freedom, 99.9 %
+        first, second = (
+            torch.cat([draw_pairs(ones, 1, offset).place for offset in some])
+            for some in zip(*pairs_of_offsets, strict=True)
+        )
+        for places in (first, second, first // 4 * 4 + second // 4):  # each, and whether they depend on each other
+            counts = torch.bincount(places, minlength=16)
+            assert ((counts - 100).square() / 100).sum() < 37.7  # χ² with 15 degrees of freedom, 99.9 %
 
 
 def test_a_seed_gives_the_same_draw_and_leaves_the_hosts_generator_alone() -> None:
@@ -292,7 +303,7 @@ def test_temporaries_stay_below_the_bound(activation: str, bound: int) -> None:
     layer = Layer(Case(2048, hidden=32, ffn=48, activation=activation, bias=True), torch.float32)
     experts, importance = StackedExperts(layer.weights, layer.layout), torch.rand(2048, 7)
     with torch.no_grad(), LiveBytes() as alone:
-        draw_pairs(importance, 8000, 0)
+        draw_pairs(importance, 8000, offsets(importance, 0)[0])
     with torch.no_grad(), LiveBytes() as live:
         known = Known(importance, torch.ones(2048, 1))
         sampled_dots(layer.x, layer.g, known, 8000, 0, experts, workspace_bytes=bound)

@@ -25,11 +25,11 @@ def operations(config: DenseMixerConfig) -> int:
 @pytest.mark.parametrize("estimator", ["densemixer", "centered"])
 @pytest.mark.parametrize("budget", [1, 0.25, 0.1])
 def test_matrix_products(budget: float, estimator: str) -> None:
-    pairs = CASE.tokens * CASE.experts
+    pairs, means = CASE.tokens * CASE.experts, 0
     if budget < 1:
-        pairs = round(budget * CASE.tokens * (CASE.experts - CASE.k))
+        pairs, means = round(budget * CASE.tokens * (CASE.experts - CASE.k)), pairs
     extra = operations(DenseMixerConfig(estimator, budget=budget)) - operations(DenseMixerConfig("conventional"))
-    assert extra == pairs * 6 * CASE.hidden * CASE.ffn
+    assert extra == pairs * 6 * CASE.hidden * CASE.ffn + means * 2 * CASE.hidden
 
 
 class Calls(TorchDispatchMode):

@@ -214,7 +214,7 @@ def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> No
     assert round(exact["step_time_checkpointed"], 1) == checkpointed
     assert [setting["budget"] for setting in budgeted] == [1 / 4, 1 / 8, 1 / 16]
     for setting in budgeted:
-        assert setting["extra"] == pytest.approx(layers * setting["budget"] * (e - k) * 6 * d * f)
+        assert setting["extra"] == pytest.approx(layers * (setting["budget"] * (e - k) * 6 * d * f + e * 2 * d))
     for setting in found["settings"]:
         output = 0 if setting["budget"] == 1 else 2 * d + 4
         assert setting["saved"] == layers * (4 * (e + 1) + output)
