@@ -63,6 +63,15 @@ def install_deepspeed(session: nox.Session) -> None:
     pip_install(session, "--no-deps", str(wheel))
 
 
+def run_tests(session: nox.Session, *tests: str, env: dict[str, str] | None = None) -> None:
+    """Run tests, or those that the command line names; with COVERAGE=1 in the environment, measured."""
+    measured: tuple[str, ...] = ()
+    if os.environ.get("COVERAGE"):
+        pip_install(session, "-r", str(CI / "environments" / "coverage.txt"))
+        measured = ("coverage", "run", "-m")
+    session.run(*measured, *PYTEST, *(session.posargs or tests), env=env)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""
@@ -126,7 +135,7 @@ def transformers(session: nox.Session, pins: str) -> None:
     else:
         install_wheel(session)
         tests = ["tests/demo", "tests/experiments", *tests, "tests/core"]
-    session.run(*PYTEST, *(session.posargs or tests), env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
+    run_tests(session, *tests, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
 # torchaudio, which LLaMA-Factory imports, does without its compiled libraries if they aren't there; they need CUDA.
@@ -147,7 +156,7 @@ def llamafactory(session: nox.Session) -> None:
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    session.run(*PYTEST, *(session.posargs or ["tests/llamafactory", "tests/boot", "tests/open_instruct"]))
+    run_tests(session, "tests/llamafactory", "tests/boot", "tests/open_instruct")
 
 
 @nox.session
@@ -161,11 +170,7 @@ def verl(session: nox.Session) -> None:
     megatron = Path(session.virtualenv.location) / "megatron"
     if not megatron.exists():
         pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
-    session.run(
-        *PYTEST,
-        *(session.posargs or ["tests/verl", "tests/open_instruct/test_ray.py"]),
-        env={"MEGATRON_CORE": str(megatron)},
-    )
+    run_tests(session, "tests/verl", "tests/open_instruct/test_ray.py", env={"MEGATRON_CORE": str(megatron)})
 
 
 # The newest from 0.17 on wants Python 3.12, and the oldest has no build for it.
@@ -182,7 +187,7 @@ def megatron(session: nox.Session, pins: str) -> None:
         session.skip(f"Megatron Core {pins} needs Python {first[0]}.{first[1]} to {last[0]}.{last[1]}")
     install(session, f"megatron-{pins}")
     install_editable(session)
-    session.run(*PYTEST, *(session.posargs or ["tests/megatron"]))
+    run_tests(session, "tests/megatron")
 
 
 # Says on a line of its own what is newer than an environment's pins.
@@ -217,7 +222,17 @@ def newest(session: nox.Session, framework: str) -> None:
         pip_install(session, "--no-deps", "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
     install_editable(session)
     session.run("python", "-c", NEWER, str(pins))
-    session.run(*PYTEST, *(session.posargs or tests))
+    run_tests(session, *tests)
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Which lines the sessions have run that were started with COVERAGE=1: a table, and pages in outputs/coverage."""
+    session.chdir(ROOT)
+    pip_install(session, "-r", str(CI / "environments" / "coverage.txt"))
+    session.run("coverage", "combine", "--keep", "--quiet", "outputs/coverage")
+    session.run("coverage", "html", "--quiet", "--directory", "outputs/coverage/html")
+    session.run("coverage", "report", *session.posargs)
 
 
 @nox.session(default=False)
