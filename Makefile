@@ -1,13 +1,19 @@
 PYTHON ?= python3
 NOX := .venv/bin/nox --noxfile ci/noxfile.py
 
-.PHONY: test docs demo experiment gradient-quality bench bench-budget clean
+.PHONY: test docs coverage demo experiment gradient-quality bench bench-budget clean
 
 test: .venv/bin/nox  ## lint, types and all tests, each framework in its own pinned environment
 	$(NOX)
 
 docs: .venv/bin/nox  ## build the pages, strictly, into outputs/site
 	$(NOX) --session docs
+
+coverage: .venv/bin/nox  ## make test, measuring which lines it runs
+	rm -rf outputs/coverage
+	mkdir -p outputs/coverage
+	COVERAGE=1 $(NOX)
+	$(NOX) --session coverage
 
 demo: .venv/bin/nox  ## fine-tune a small MoE with and without DenseMixer: make demo ARGS="--help"
 	$(NOX) --session demo -- $(ARGS)

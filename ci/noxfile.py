@@ -63,6 +63,15 @@ def install_deepspeed(session: nox.Session) -> None:
     pip_install(session, "--no-deps", str(wheel))
 
 
+def run_tests(session: nox.Session, *tests: str, env: dict[str, str] | None = None) -> None:
+    """Run tests, or those that the command line names; with COVERAGE=1 in the environment, measured."""
+    measured: tuple[str, ...] = ()
+    if os.environ.get("COVERAGE"):
+        pip_install(session, "-r", str(CI / "environments" / "coverage.txt"))
+        measured = ("coverage", "run", "-m")
+    session.run(*measured, *PYTEST, *(session.posargs or tests), env=env)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """ruff (lint and format) and mypy."""
@@ -77,7 +86,7 @@ def core(session: nox.Session) -> None:
     """densemixer_core, on torch alone."""
     install(session, "core")
     install_wheel(session)
-    session.run(*PYTEST, *(session.posargs or ["tests/core"]))
+    run_tests(session, "tests/core")
 
 
 @nox.session
@@ -135,7 +144,7 @@ def transformers(session: nox.Session, pins: str) -> None:
     else:
         install_wheel(session)
         tests = ["tests/demo", "tests/experiments", *tests]
-    session.run(*PYTEST, *(session.posargs or tests), env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
+    run_tests(session, *tests, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
 # torchaudio, which LLaMA-Factory imports, does without its compiled libraries if they aren't there; they need CUDA.
@@ -156,7 +165,7 @@ def llamafactory(session: nox.Session) -> None:
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    session.run(*PYTEST, *(session.posargs or ["tests/llamafactory", "tests/boot", "tests/open_instruct"]))
+    run_tests(session, "tests/llamafactory", "tests/boot", "tests/open_instruct")
 
 
 @nox.session
@@ -170,11 +179,7 @@ def verl(session: nox.Session) -> None:
     megatron = Path(session.virtualenv.location) / "megatron"
     if not megatron.exists():
         pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
-    session.run(
-        *PYTEST,
-        *(session.posargs or ["tests/verl", "tests/open_instruct/test_ray.py"]),
-        env={"MEGATRON_CORE": str(megatron)},
-    )
+    run_tests(session, "tests/verl", "tests/open_instruct/test_ray.py", env={"MEGATRON_CORE": str(megatron)})
 
 
 # The newest from 0.17 on wants Python 3.12, and the oldest has no build for it.
@@ -191,42 +196,55 @@ def megatron(session: nox.Session, pins: str) -> None:
         session.skip(f"Megatron Core {pins} needs Python {first[0]}.{first[1]} to {last[0]}.{last[1]}")
     install(session, f"megatron-{pins}")
     install_editable(session)
-    session.run(*PYTEST, *(session.posargs or ["tests/megatron"]))
+    run_tests(session, "tests/megatron")
 
 
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys
+installed = {one.metadata["name"].lower(): one.version for one in importlib.metadata.distributions()}
 for line in open(sys.argv[1]):
-    name, pinned, version = line.strip().partition("==")
-    if pinned and (found := importlib.metadata.version(name)) != version:
-        print(f"newer: {name} {version} -> {found}")
+    name, _, version = line.strip().partition("==")
+    if installed.get(name, version) != version:
+        print(f"newer: {name} {version} -> {installed[name]}")
 """
 
 NEWEST = {
-    "transformers": ("transformers-5.23.0", "tests/transformers", "tests/running"),
-    "llamafactory": ("llamafactory", "tests/llamafactory", "tests/open_instruct"),
-    "verl": ("verl", "tests/verl"),
-    "megatron": ("megatron-0.19.2", "tests/megatron"),
+    "transformers": (
+        "transformers-5.23.0",
+        "transformers bitsandbytes liger-kernel matplotlib peft rich torchao trl scipy",
+    ),
+    "llamafactory": ("llamafactory", "llamafactory badam editables hatchling uv"),
+    "verl": ("verl", "verl TransferQueue cachetools fastapi peft uvicorn"),
+    "megatron": ("megatron-0.19.2", "megatron-core triton"),
 }
-"""For each framework the environment whose packages are taken in their newest releases, and the tests."""
+"""For each framework the environment that has it pinned, and what is taken in its newest release."""
 
 
 @nox.session(default=False)
 @nox.parametrize("framework", list(NEWEST))
 def newest(session: nox.Session, framework: str) -> None:
     """The newest of a framework, of torch and of all that goes with them: what will break, before it is pinned."""
-    environment, *tests = NEWEST[framework]
-    pins = CI / "environments" / f"{environment}.txt"
-    packages = [line.partition("==")[0] for line in pins.read_text().splitlines() if "==" in line and line[0] != "#"]
+    environment, packages = NEWEST[framework]
     session.chdir(ROOT)
     pip_install(session, "torch", "setuptools", "ninja", "py-cpuinfo")
-    pip_install(session, *packages)
+    pip_install(session, *packages.split(), "pytest", "pytest-xdist", "hypothesis", "typer")
     if framework in ("transformers", "llamafactory"):
+        pip_install(session, "einops", "hjson", "msgpack")
         pip_install(session, "--no-deps", "--no-build-isolation", "deepspeed", env={"DS_BUILD_OPS": "0"})
     install_editable(session)
-    session.run("python", "-c", NEWER, str(pins))
-    session.run(*PYTEST, *(session.posargs or tests))
+    session.run("python", "-c", NEWER, str(CI / "environments" / f"{environment}.txt"))
+    run_tests(session, f"tests/{framework}")
+
+
+@nox.session(default=False)
+def coverage(session: nox.Session) -> None:
+    """Which lines the sessions have run that were started with COVERAGE=1: a table, and pages in outputs/coverage."""
+    session.chdir(ROOT)
+    pip_install(session, "-r", str(CI / "environments" / "coverage.txt"))
+    session.run("coverage", "combine", "--keep", "--quiet", "outputs/coverage")
+    session.run("coverage", "html", "--quiet", "--directory", "outputs/coverage/html")
+    session.run("coverage", "report", *session.posargs)
 
 
 @nox.session(default=False)

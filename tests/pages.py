@@ -13,7 +13,7 @@ PAGES = sorted(path for pattern in WHERE for path in REPOSITORY.glob(pattern))
 
 FENCE = re.compile(
     r"(?:^[ ]*<!--\s*(?P<comment>[^>]*?)\s*-->\n)?"
-    r"^(?P<indent>[ ]*)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$",
+    r"^(?P<indent>[ ]*)```(?P<language>\w*)[^\n`]*\n(?P<text>.*?)^(?P=indent)```$",
     flags=re.MULTILINE | re.DOTALL,
 )
 

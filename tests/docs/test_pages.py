@@ -45,6 +45,12 @@ def test_the_readme_is_one_page() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
 
 
+def test_no_block_of_code_is_overlooked() -> None:
+    for page, text in TEXTS.items():
+        fences = re.findall(r"^ *(?:```|~~~)", text, flags=re.MULTILINE)
+        assert len(fences) == 2 * sum(block.page == page for block in BLOCKS), page
+
+
 def test_the_costs_of_the_readme_are_those_of_the_page() -> None:
     """Which another test compares with the command."""
     printed = [block.text for block in COMMANDS if "densemixer cost" in block.text]
