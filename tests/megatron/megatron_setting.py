@@ -23,8 +23,9 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
+from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.megatron import enable
-from densemixer_adapters.megatron_layer import gathered_dots, read_experts
+from densemixer_adapters.megatron_layer import read_experts
 from densemixer_adapters.transformers import UnsupportedModelError
 from densemixer_core import DenseMixerConfig
 
