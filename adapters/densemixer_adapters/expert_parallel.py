@@ -13,19 +13,7 @@ Where ranks hold parts of the same expert, its inner products are summed. With a
 share of the pairs that its own experts form with all tokens; where an expert is in parts, each rank draws pairs for its
 part, and the estimates of the parts are summed.
 
-What a rank sends for one layer and backward, with N ranks of T tokens each of which s share theirs, E experts, hidden
-size d, and a bytes for a number of x or g:
-
-====================  =======================================  =====================================
-                      experts spread by number                 by width, s = N
-====================  =======================================  =====================================
-x and g               2·a·d·(T/s)·(N − 1), or 0 if s = N       0
-inner products        4·(E/N)·T·(N − 1)                        8·E·T·(N − 1)/N
-with a budget < 1     4·(E/N)·T·(N − 1)·(1 + 1/s) more, the    0 more
-                      1/s only if s < N
-====================  =======================================  =====================================
-
-and 16·(N − 1) for the numbers of tokens if s < N. A sum over ranks counts as it is made in a ring.
+`bytes_sent` says what that costs.
 """
 
 from __future__ import annotations
@@ -127,6 +115,46 @@ def gathered_dots(
         parts.append([_given_back(ours, columns, shared, count, group) for ours in found])
     results = (torch.cat(some, 1)[:, : slices[rank]].flatten(0, 1)[: len(x)] for some in zip(*parts, strict=True))
     return _with_factors(list(results))
+
+
+def bytes_sent(
+    tokens: float,
+    hidden: int,
+    experts: int,
+    ranks: int,
+    *,
+    shared: int = 1,
+    in_parts: bool = False,
+    sampled: bool = False,
+    itemsize: int = 2,
+) -> float:
+    """What a rank sends in one layer's backward; each receives as much.
+
+    - x and g: 2·itemsize·hidden·(tokens/shared)·(ranks − 1), or nothing where all ranks share their tokens;
+    - inner products: 4·(experts/ranks)·tokens·(ranks − 1), twice that where pairs are drawn; for experts in parts
+      8·experts·tokens·(ranks − 1)/ranks, a sum over ranks as it is made in a ring;
+    - how much a pair matters, where pairs are drawn and x and g travel: 4·(experts/ranks)·(tokens/shared)·(ranks − 1).
+
+    The numbers of tokens, 16·(ranks − 1) bytes, come on top; and rows that fill up where ranks differ in tokens.
+
+    Args:
+        tokens: Of each rank.
+        hidden: The size of x and g.
+        experts: Of the layer, of all ranks.
+        ranks: How many the experts are spread over.
+        shared: How many of them have the same tokens; all of them for experts in parts.
+        in_parts: Whether each rank has a part of every expert's width instead of some experts.
+        sampled: Whether the budget is below 1.
+        itemsize: Bytes of a number of x and g.
+    """
+    others = ranks - 1
+    if in_parts:
+        return 8 * experts * tokens * others / ranks
+    numbers = 4 * experts / ranks * others * tokens * (2 if sampled else 1)
+    if shared == ranks:
+        return numbers
+    rows = tokens / shared * others
+    return numbers + rows * (2 * itemsize * hidden + (4 * experts / ranks if sampled else 0))
 
 
 @dataclasses.dataclass(frozen=True)
