@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, refusal
+from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has
 from torch import multiprocessing
 
 
@@ -121,7 +121,7 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
         if case.exists
     }
     found["gathered in parts"] = gathering
-    found["budget"] = drawing if layout.expert_tensor == 1 else refusal
+    found["budget"] = drawing
     return found
 
 

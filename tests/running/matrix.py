@@ -60,7 +60,7 @@ MATRIX: dict[str, dict[str, tuple[str, ...]]] = {
             "through accelerate",
             "through the Trainer",
         ),
-        "refused": ("tensor parallelism", "expert parallelism", "tensor and expert parallelism"),
+        "refused": ("tensor parallelism", "expert parallelism"),
     },
 }
 # The layouts of transformers' own parallelism, which only the newer version has; what else is to be shown in each.
@@ -112,13 +112,23 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 }
 
 
+NO_GRADIENTS = ("router metrics", "saved checkpoints", "changed output", "refused")
+"""How the names of the variations begin that show something else."""
+
+
 def processes(layout: dict[str, int]) -> int:
     return math.prod(size for name, size in layout.items() if name != "ep_size")
 
 
-# Triton's kernels run on the CPU, without timing them for the best settings first.
-INTERPRETED = {"TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"}
-NOT_IN = {"5.5.4": {"FSDP2 of transformers (fsdp_size): plain", "refused: tensor and expert parallelism"}}
+SETTINGS = {
+    # Triton's kernels run on the CPU, without timing them for the best settings first.
+    "liger": {"TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"},
+    "parallel": {"DENSEMIXER_ENABLED": "1"},
+}
+NOT_IN = {
+    "5.5.4": {"FSDP2 of transformers (fsdp_size): plain"},
+    "5.23.0": {"refused: tensor parallelism", "refused: expert parallelism"},
+}
 
 
 def cells(script: str, version: str) -> list[str]:
@@ -128,6 +138,10 @@ def cells(script: str, version: str) -> list[str]:
 
 def installed() -> str:
     return importlib.metadata.version("transformers")
+
+
+def parallel_cells() -> list[str]:
+    return [f"{way}: {variation}" for way, (_, variations) in PARALLEL.items() for variation in variations]
 
 
 def report_of(script: str, version: str) -> Path:
@@ -142,7 +156,7 @@ def run(script: str) -> dict[str, Any]:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if script == "two_ranks" else []
     done = subprocess.run(
         [sys.executable, *ranks, str(HERE / f"{script}.py"), str(report)],
-        env=environment(**(INTERPRETED if script == "liger" else {})),
+        env=environment(**SETTINGS.get(script, {})),
         capture_output=True,
         text=True,
         timeout=570,
