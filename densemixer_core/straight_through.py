@@ -63,7 +63,7 @@ def straight_through(
     """Return ``output`` unchanged, with a gradient from all experts for ``scores``.
 
     Under ``torch.no_grad()``, in inference mode, or with scores that need no gradient, ``output`` itself is returned
-    and no torch operation runs; likewise for no tokens.
+    and no torch operation runs; likewise for no tokens, unless the experts are a function, which other ranks may await.
 
     In float16 an expert that the host didn't select may overflow where the selected ones don't. A pair whose inner
     product isn't finite, while x and g of its token are, adds nothing: its score trains conventionally.
@@ -91,7 +91,9 @@ def straight_through(
     Raises:
         RuntimeError: A second derivative is taken, gradients are batched (``is_grads_batched``), or in forward mode.
     """
-    if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad) or not len(index):
+    if config.estimator == "conventional" or not (torch.is_grad_enabled() and scores.requires_grad):
+        return output
+    if isinstance(experts, StackedExperts) and not len(index):
         return output
     if not torch.compiler.is_compiling() and forward_ad.unpack_dual(output).tangent is not None:  # type: ignore[no-untyped-call]
         raise RuntimeError(

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from densemixer_adapters.expert_parallel import Spread
 from densemixer_adapters.host_experts import stacked_within
 from densemixer_core import StackedExperts
 
@@ -51,8 +52,10 @@ class Call:
         outer: The call around this one.
         router_input, router_output: Once the router has run.
         stacked: The experts, once they have run, if DenseMixer computes with them.
+        spread: How they are spread over ranks, likewise; None if this one has them all.
         signature: See `checks.signature`.
         checks: Whether this forward is compared with what DenseMixer takes the layer for.
+        compares: Whether its output is, where the experts are spread over ranks.
         done: Whether the experts have run.
     """
 
@@ -67,8 +70,10 @@ class Call:
         self.router_input: Tensor | None = None
         self.router_output: Tensor | None = None
         self.stacked: StackedExperts | None = None
+        self.spread: Spread | None = None
         self.signature: tuple[Any, ...] | None = None
         self.checks = False
+        self.compares = False
         self.done = False
 
     @property

@@ -8,6 +8,7 @@ changed its hooks, wrappers or forwards, and now and then in between, for what c
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from densemixer_core import StackedExperts, routed_output
+Evaluate = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`densemixer_core.routed_output` with the experts at hand."""
 
 EVERY = 64
 """How many training forwards of a layer go by between two checks. One waits for the device, and evaluates the selected
@@ -50,13 +52,14 @@ def comparable(block: nn.Module, experts: nn.Module) -> bool:
 
 
 def check_output(
-    output: Tensor, x: Tensor, index: Tensor, weights: Tensor, experts: StackedExperts, dtype: torch.dtype
+    output: Tensor, x: Tensor, index: Tensor, weights: Tensor, evaluate: Evaluate, dtype: torch.dtype
 ) -> None:
     """Compare the output of a few tokens with Σ_selected w_j E_j(x). Synchronises with the device.
 
     Args:
         output: What the experts returned, [tokens, hidden].
-        x, index, weights, experts: As in `densemixer_core.routed_output`.
+        x, index, weights: As in `densemixer_core.routed_output`.
+        evaluate: That, which is called for `TOKENS` tokens at most, and for none if there are none.
         dtype: The dtype in which the host computes.
 
     Raises:
@@ -64,7 +67,7 @@ def check_output(
     """
     rows = torch.linspace(0, len(x) - 1, min(TOKENS, len(x)), device=x.device).long()
     with torch.autocast(x.device.type, enabled=False):
-        expected, size = routed_output(x[rows], index[rows], weights[rows], experts)
+        expected, size = evaluate(x[rows], index[rows], weights[rows])
     found = output[rows].to(expected.dtype)
     off = torch.linalg.vector_norm(found - expected, dim=-1)
     # A dozen roundings of each number, and for float32 what TF32 does to it; below the smallest normal number (of

@@ -101,12 +101,15 @@ def cost(
     budgets: Annotated[
         list[float], typer.Option("--budget", help="The option `budget` of DenseMixer; may be given several times.")
     ] = [1.0, 0.25, 0.125, 0.0625],  # noqa: B006  # typer's way; it isn't changed
+    ep: Annotated[int, typer.Option("--ep", min=1, help="Ranks that the experts are spread over.")] = 1,
+    tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that have the same tokens (tensor parallelism).")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Estimate what DenseMixer costs for a model: operations, bytes kept, and a step's time over a conventional one's.
 
-    Reads the configuration alone. The formulas are in densemixer_adapters/inspection.py. The exit status is 1 if the
-    model isn't supported, 2 if it can't be read.
+    With --ep or --tp also the bytes that a rank sends. Reads the configuration alone. The formulas are in
+    densemixer_adapters/inspection.py and expert_parallel.py. The exit status is 1 if the model isn't supported, 2 if it
+    can't be read.
     """
     from densemixer_adapters.errors import UnsupportedModelError
     from densemixer_core import DenseMixerConfig
@@ -120,7 +123,7 @@ def cost(
             from densemixer_adapters.inspection import build_empty, estimate
 
             model = build_empty(checkpoint)
-            found = [estimate(model, sequence, config) for config in configs]
+            found = [estimate(model, sequence, config, ep, tp) for config in configs]
     except UnsupportedModelError as error:
         _say(f"densemixer cost: {error}", err=True)
         raise typer.Exit(1) from None
@@ -148,6 +151,11 @@ def cost(
             f"{budget:<10.4g}{1e-9 * one.extra:18.4g}{one.ratio():17.2f}x{one.ratio(True):13.2f}x"
             f"{one.saved:12d} B{one.saved_checkpointed:12d} B"
         )
+    if ep > 1 or tp > 1:
+        sent = ", ".join(
+            f"{1e-3 * one.sent:.4g} (budget {budget:.4g})" for budget, one in zip(budgets, found, strict=True)
+        )
+        typer.echo(f"\nA rank sends in the backward, kB a token: {sent}.")
 
 
 @contextlib.contextmanager

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from densemixer_adapters.errors import UnsupportedModelError
-from densemixer_adapters.host_experts import is_split, is_stacked, unwrap, weight_names
+from densemixer_adapters.host_experts import is_stacked, unwrap, weight_names
 from densemixer_adapters.layer import DenseMixerLayer
 from densemixer_adapters.original import refuse_patched
 from densemixer_adapters.routers import is_refused, left_to_the_host, router_of
+from densemixer_adapters.transformers_parallel import distributed_model, sharing_ranks, why_not
 from densemixer_adapters.weights import why_unreadable
 from densemixer_core import DenseMixerConfig
 
@@ -44,6 +45,7 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
         )
     if not blocks:
         return
+    whole = distributed_model(model)
     for name, block, router_name in (blocks[position] for position in config.positions(len(blocks))):
         where = f"{name or type(model).__name__} ({type(block).__name__})"
         refuse_patched(block, where)
@@ -74,10 +76,7 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
                 "Load the model with dequantize=True in its quantisation config or without quantising the experts, or "
                 "switch DenseMixer off."
             )
-        if is_split(experts):
-            raise UnsupportedModelError(
-                f"{where}: transformers has split its experts between processes. DenseMixer doesn't work with the "
-                "tensor and expert parallelism of transformers yet; load the model without tp_plan, tp_size, ep_size "
-                "and enable_expert_parallel (DDP, FSDP and ZeRO work), or switch DenseMixer off."
-            )
-        yield DenseMixerLayer(name, block, router_name, spec, config)
+        if refusal := why_not(whole, experts):
+            reason, fix = refusal
+            raise UnsupportedModelError(f"{where}: {reason}. Either {fix}, or switch DenseMixer off.")
+        yield DenseMixerLayer(name, block, router_name, spec, config, sharing_ranks(whole))

@@ -46,14 +46,6 @@ def stacked_within(experts: nn.Module) -> tuple[list[nn.Module], nn.Module | Non
     return inner, next((found for found in checkpoints if any(map(is_stacked, found.modules()))), None)
 
 
-def is_split(experts: nn.Module) -> bool:
-    """Whether transformers' own tensor or expert parallelism has been applied. FSDP brings the whole weights back."""
-    if hasattr(experts, "_hf_tp_plan"):  # transformers 5.5, whose weights stay plain tensors
-        return True
-    meshes = (getattr(parameter, "device_mesh", None) for parameter in experts.parameters())
-    return any({"tp", "ep"} & set(getattr(mesh, "mesh_dim_names", None) or ()) for mesh in meshes)
-
-
 def weight_names(experts: Any) -> tuple[str | None, ...]:
     """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
     up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"

@@ -15,6 +15,9 @@ Bytes kept from the forward to the backward, a token: 4·(E + 1) for each of its
 between them and the weights; with a budget below 1 the layer's output and 4 bytes more; else with the estimator
 ``centered``, where weights are renormalised, 4·(k + 1) more. With gradient checkpointing for one layer at a time. The
 option `workspace_mb` bounds the temporaries of the backward.
+
+Where experts are spread over ranks, what each sends is that of `densemixer_adapters.expert_parallel.bytes_sent`. Ranks
+that have the same tokens divide both F and X by their number.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import torch
 from torch import nn
 
 from densemixer_adapters.cost import extra_operations, selected_experts
+from densemixer_adapters.expert_parallel import bytes_sent
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
 from densemixer_core import DenseMixerConfig
 
@@ -72,12 +76,14 @@ class Cost:
         extra: Those that DenseMixer adds to the backward.
         saved: Bytes that DenseMixer keeps until then.
         saved_checkpointed: The same with gradient checkpointing.
+        sent: Bytes that a rank sends in the backward, where the experts are spread over ranks.
     """
 
     forward: float
     extra: float
     saved: int
     saved_checkpointed: int
+    sent: float = 0.0
 
     def ratio(self, checkpointed: bool = False) -> float:
         """The operations of a training step over those of a conventional one."""
@@ -150,15 +156,26 @@ def inspect_model(model: Any) -> Report:
     )
 
 
-def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) -> Cost:
+def estimate(
+    model: Any, sequence: int, config: DenseMixerConfig | None = None, ep_size: int = 1, tp_size: int = 1
+) -> Cost:
     """The cost of training a model, which may be on the meta device, with sequences of that many tokens.
+
+    Args:
+        model: The model.
+        sequence: Tokens of a sequence.
+        config: The options.
+        ep_size: How many ranks the experts are spread over, by number; 1 to spread them by their width over `tp_size`.
+        tp_size: How many of these have the same tokens, whose operations they divide.
 
     Raises:
         UnsupportedModelError: DenseMixer can't train it.
         ValueError: The options select layers that it doesn't have, or a token goes through none of its experts, or
-            through more than there are.
+            through more than there are; or experts and ranks don't divide.
     """
     options = config or DenseMixerConfig()
+    if ep_size > 1 and ep_size % tp_size:
+        raise ValueError(f"ep_size must be a multiple of tp_size, got {ep_size} and {tp_size}")
     share = {id(layer.experts): _selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
     forward = _attention(model, sequence)
     for module in model.modules():
@@ -167,16 +184,29 @@ def estimate(model: Any, sequence: int, config: DenseMixerConfig | None = None) 
             forward += 2 * matrices * share.get(id(module), 1.0)
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
-    layers, saved = _layers(model, options), []
+    layers, saved, sent = _layers(model, options), [], 0.0
     for layer in layers:
-        kept = 4 * (layer.matrices[0][0] + 1)
+        experts, hidden = layer.matrices[0][0], model.config.get_text_config().hidden_size
+        kept = 4 * (experts + 1)
         # For ⟨g, y⟩: a copy of the output where not all experts are evaluated, else the selected experts' scores.
         if options.budget < 1:
-            kept += 4 + model.config.get_text_config().hidden_size * model.dtype.itemsize
+            kept += 4 + hidden * model.dtype.itemsize
         elif options.estimator == "centered" and layer.renormalised:
             kept += 4 + 4 * _selected(model, layer)
         saved.append(kept)
-    return Cost(forward, extra_operations(model, layers), sum(saved), max(saved))
+        if experts % ep_size:
+            raise ValueError(f"{layer.name}: {experts} experts can't be spread over {ep_size} ranks")
+        sent += bytes_sent(
+            1,
+            hidden,
+            experts,
+            max(ep_size, tp_size),
+            shared=tp_size,
+            in_parts=ep_size == 1,
+            sampled=options.budget < 1,
+            itemsize=model.dtype.itemsize,
+        )
+    return Cost(forward, extra_operations(model, layers), sum(saved), max(saved), sent)
 
 
 def _selected(model: Any, layer: DenseMixerLayer) -> int:

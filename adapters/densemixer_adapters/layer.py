@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import threading
 import weakref
@@ -21,17 +22,20 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from densemixer_adapters import calls
 from densemixer_adapters.calls import Call
-from densemixer_adapters.checks import EVERY, OutputMismatchError, check_output, comparable, signature
+from densemixer_adapters.checks import EVERY, TOKENS, OutputMismatchError, check_output, comparable, signature
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.host_experts import formula_of, layout_of, unwrap, weight_names
 from densemixer_adapters.routers import Router
+from densemixer_adapters.transformers_parallel import local_weights, spread_of
 from densemixer_adapters.weights import read_weights
 from densemixer_core import (
     DenseMixerConfig,
+    ExpertDots,
     RoutingMismatchError,
     StackedExperts,
     check_routing,
     compute_dtype,
+    routed_output,
     router_scores,
     straight_through,
 )
@@ -86,17 +90,25 @@ class DenseMixerLayer:
         router_name: The router's name in the model, e.g. ``model.layers.0.mlp.gate``.
         formula: What the experts' activation computes, for the fused kernel; None if that is unknown.
         config: The options.
+        sharing: How many ranks have the same tokens, see `transformers_parallel`.
         handle: The handle that the layer belongs to; None while it isn't attached.
         observer: Who is told of each training forward, if anybody.
     """
 
     def __init__(
-        self, name: str, block: nn.Module, router_attribute: str, spec: Router, config: DenseMixerConfig
+        self,
+        name: str,
+        block: nn.Module,
+        router_attribute: str,
+        spec: Router,
+        config: DenseMixerConfig,
+        sharing: int = 1,
     ) -> None:
         self.name = name
         self.router_attribute = router_attribute
         self.router_name = f"{name}.{router_attribute}" if name else router_attribute
         self.config = config
+        self.sharing = sharing
         self.handle: Attachment | None = None
         self.observer: Observer | None = None
         self._spec = spec
@@ -111,6 +123,7 @@ class DenseMixerLayer:
         self._probabilities: bool | None = None  # whether the router returns them; unknown until a forward with tokens
         self._signature: tuple[Any, ...] | None = None
         self._until_check = 0
+        self._until_comparison = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: neither the block of this one nor who observes it is theirs."""
@@ -248,6 +261,9 @@ class DenseMixerLayer:
         call.signature = now
         call.checks = now != self._signature or self._until_check <= 0
         self._until_check -= 1
+        # Where the experts are spread over ranks, all of them compare in the same forwards, whatever each has found.
+        call.compares = self._until_comparison <= 0
+        self._until_comparison = EVERY - 1 if call.compares else self._until_comparison - 1
 
     def after_experts(
         self, call: Call, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -276,7 +292,7 @@ class DenseMixerLayer:
                 return None
         if not torch.is_grad_enabled():  # somebody looks at the experts, or a checkpoint of the block's own
             return None
-        if call.checks and len(index):
+        if (call.checks and len(index)) or (call.spread is not None and call.compares):
             self._check(call, x, index, weights, output)
         call.done = True
         return self._through(call, x, index, weights, output)
@@ -299,13 +315,22 @@ class DenseMixerLayer:
         if stacked is None or scores is None or observed is None:
             return output
         index, weights = _with_experts_of_none(stacked, scores, index, weights)
+        experts: StackedExperts | ExpertDots = stacked
+        if call.spread is not None:
+            experts = functools.partial(
+                call.spread.dots,
+                experts=stacked,
+                selected=index.shape[-1],
+                dtype=compute_dtype(stacked.weights.up),
+                config=self.config,
+            )
         return straight_through(
             output,
             observed,
             x=x,
             index=index,
             weights=weights,
-            experts=stacked,
+            experts=experts,
             score=self._spec.score,
             renormalised=self._is_renormalised(call.block),
             config=self.config,
@@ -373,8 +398,17 @@ class DenseMixerLayer:
                 "(a device_map with `cpu` or `disk`, or cpu_offload). Load the model without, or offload with FSDP2 or "
                 "ZeRO-3; or switch DenseMixer off."
             )
-        held = weights.down.shape[0]
+        call.spread = spread_of(weights.down, self.sharing)
+        held = weights.down.shape[0]  # by all ranks together
         further = self._spec.further
+        if call.spread is not None:
+            if derivation is not None:
+                raise UnsupportedModelError(
+                    f"{self.name}: its experts are spread over ranks, and their weights are computed from others (LoRA "
+                    "on them, or quantisation). DenseMixer doesn't work with both; train the experts in full or not at "
+                    "all, or switch DenseMixer off."
+                )
+            weights = local_weights(weights)
         if scored < held:
             raise UnsupportedModelError(
                 f"{self.name}: its router returns {scored} numbers a token first, not the scores of {held} experts. "
@@ -382,9 +416,9 @@ class DenseMixerLayer:
             )
         if scored > held and further is None:
             raise UnsupportedModelError(
-                f"{self.name}: this process holds {held} of {scored} experts. DenseMixer doesn't work with the expert "
-                "parallelism of transformers yet; load the model without an expert-parallel plan, or switch DenseMixer "
-                "off."
+                f"{self.name}: this process holds {held} of {scored} experts, and nothing says which. DenseMixer works "
+                "with the expert parallelism of transformers by distributed_config; use that, load the model without "
+                "expert parallelism, or switch DenseMixer off."
             )
         layout = dataclasses.replace(
             layout_of(experts),
@@ -402,31 +436,40 @@ class DenseMixerLayer:
     def _compare(self, call: Call, x: Tensor, index: Tensor, weights: Tensor, output: Tensor) -> None:
         """Compare what is declared with what the layer did, see `checks`."""
         assert call.router_output is not None
-        raw, stacked, router = _rows(call.router_output), call.stacked, unwrap(call.router)
+        raw, stacked = _rows(call.router_output), call.stacked
         if raw.is_meta or isinstance(raw, FakeTensor):  # no numbers to look at
             return
+        told = self._check_routing(call, raw, index, weights)
+        if stacked is not None and (call.checks if call.spread is None else call.compares):
+            self._check_output(call, stacked, x, index, weights, output)
+        if told:
+            self._signature, self._until_check = call.signature, EVERY - 1
+
+    def _check_routing(self, call: Call, raw: Tensor, index: Tensor, weights: Tensor) -> bool:
+        """Whether any token has said something."""
+        stacked, router = call.stacked, unwrap(call.router)
         probabilities = are_probabilities(raw) if self._spec.score == "softmax" else False
         if probabilities is None:  # nothing but what isn't a number
-            return
+            return False
         self._probabilities = probabilities
-        if stacked is not None:
-            scores = self._scores(raw, probabilities)
-            routed = _with_experts_of_none(stacked, scores, index, weights)
-            scale = stacked.weights.scale
-            try:
-                told = check_routing(
-                    scores, *routed, self._is_renormalised(call.block), self._spec.epsilon_of(router), scale
-                )
-            except RoutingMismatchError as error:
-                raise RoutingMismatchError(
-                    f"{self.router_name} ({type(router).__name__}): DenseMixer takes its scores to be "
-                    f"the {self._spec.score} of its logits, but {error}. This version of the model routes "
-                    "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
-                ) from None
-            self._check_output(call, stacked, x, index, weights, output)
-            if not told:
-                return
-        self._signature, self._until_check = call.signature, EVERY - 1
+        if stacked is None:
+            return True
+        scores = self._scores(raw, probabilities)
+        routed = _with_experts_of_none(stacked, scores, index, weights)
+        try:
+            return check_routing(
+                scores,
+                *routed,
+                self._is_renormalised(call.block),
+                self._spec.epsilon_of(router),
+                stacked.weights.scale,
+            )
+        except RoutingMismatchError as error:
+            raise RoutingMismatchError(
+                f"{self.router_name} ({type(router).__name__}): DenseMixer takes its scores to be "
+                f"the {self._spec.score} of its logits, but {error}. This version of the model routes "
+                "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
+            ) from None
 
     def _check_output(
         self, call: Call, stacked: StackedExperts, x: Tensor, index: Tensor, weights: Tensor, output: Tensor
@@ -441,8 +484,12 @@ class DenseMixerLayer:
         derivation = stacked.derivation
         used = stacked.weights if derivation is None else derivation.compute(derivation.sources)
         experts = StackedExperts(used._replace(scale=None), stacked.layout)  # the weights contain the scale
+        if call.spread is None:
+            evaluate = functools.partial(routed_output, experts=experts)
+        else:
+            evaluate = functools.partial(call.spread.routed_output, experts=experts, rows=TOKENS)
         try:
-            check_output(_rows(output), _rows(x), index, weights, experts, compute_dtype(used.up))
+            check_output(_rows(output), _rows(x), index, weights, evaluate, compute_dtype(used.up))
         except OutputMismatchError as error:
             raise OutputMismatchError(
                 f"{self.name} ({type(call.inner[0]).__name__}): {error}. Something changes what its experts return: a "
@@ -469,5 +516,5 @@ def _with_experts_of_none(
     if not stacked.layout.zeros:
         return index, weights
     none = weights == 0
-    index = index.masked_fill(none, stacked.weights.down.shape[0])
+    index = index.masked_fill(none, scores.shape[-1] - stacked.layout.zeros)
     return index, torch.where(none, scores.detach().gather(-1, index).to(weights.dtype), weights)

@@ -1,10 +1,7 @@
 """One Mixture-of-Experts layer of Megatron Core with DenseMixer.
 
-Routing, dispatch, experts and combination stay Megatron's own. In the backward, the layer's inputs x and the gradients
-g of its outputs are gathered over the group that the experts are split over (expert and expert-tensor parallelism),
-each rank evaluates its own experts, or its part of them, and the inner products are summed and scattered back to the
-ranks that the tokens came from. Nothing but x, g and [tokens, experts] scalars travels. With a budget below 1 each rank
-draws its share of the pairs that its own experts form with all of these tokens.
+Routing, dispatch, experts and combination stay Megatron's own. In the backward, `expert_parallel` evaluates the layer's
+experts over the group that they are split over (expert and expert-tensor parallelism).
 """
 
 from __future__ import annotations
@@ -19,12 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.layer import Forward, Observer
 from densemixer_adapters.layer_meter import LayerMeter
 from densemixer_adapters.megatron_positions import Selection
@@ -37,12 +33,9 @@ from densemixer_core import (
     RoutingMismatchError,
     StackedExperts,
     check_routing,
-    expert_dots,
     router_scores,
-    sampled_dots,
     straight_through,
 )
-from densemixer_core.sampling import share_of_pairs
 
 logger = logging.getLogger("densemixer")
 
@@ -360,95 +353,6 @@ def warn_of_frozen_routers(layers: Sequence[MegatronLayer]) -> None:
             layers[0].name,
             f" and {len(layers) - 1} more" if len(layers) > 1 else "",
         )
-
-
-def gathered_dots(
-    x: Tensor,
-    g: Tensor,
-    known: Known | None,
-    *,
-    experts: Sequence[StackedExperts],
-    indices: Sequence[int],
-    count: int,
-    selected: int,
-    group: dist.ProcessGroup,
-    budget: float,
-    seed: int,
-    workspace_bytes: int,
-) -> Tensor:
-    """⟨g_t, E_j(x_t)⟩ for this rank's tokens and the experts of all ranks. Collective.
-
-    Args:
-        x: The experts' input, [tokens, hidden]. The ranks of the group may have different numbers of tokens.
-        g: The gradient of the experts' output, [tokens, hidden].
-        known: As in `densemixer_core.sampled_dots`, of all experts; None for a budget of 1.
-        experts: This rank's experts, or its part of them: their inner products are summed over the group.
-        indices: Their positions among all experts.
-        count: The number of all experts.
-        selected: How many of them a token goes through.
-        group: The ranks that the experts are split over.
-        budget, seed: As in `densemixer_core.DenseMixerConfig`.
-        workspace_bytes: Upper bound on temporaries: half of it for what is gathered, half for the
-            experts; all of it for these on a single rank.
-
-    Returns:
-        [tokens, experts], float32 or float64; for a budget below 1 an estimate, see `densemixer_core.sampled_dots`.
-    """
-    ranks, held = dist.get_world_size(group), slice(indices[0], indices[-1] + 1)
-    own = workspace_bytes if ranks == 1 else workspace_bytes // 2  # the experts' share
-
-    def evaluate(x: Tensor, g: Tensor, known: Known | None, tokens: int) -> Tensor:
-        if known is None:
-            return torch.cat([expert_dots(x, g, some, workspace_bytes=own) for some in experts], 1)
-        drawn = share_of_pairs(tokens * (count - selected) * len(indices) // count, budget)
-        ours = known._replace(sensitivity=known.sensitivity[:, held])
-        return sampled_dots(x, g, ours, drawn, seed, _stack(experts), workspace_bytes=own)
-
-    if ranks == 1:
-        return evaluate(x, g, known, len(x))
-    gathered = torch.empty(ranks, dtype=torch.int64, device=x.device)
-    dist.all_gather_into_tensor(gathered, gathered.new_tensor([len(x)]), group=group)
-    lengths: list[int] = gathered.tolist()
-    longest = max(lengths)
-    numbers = 2 if known is None else 4  # of 4 bytes for a token and an expert: gathered, and what we add to
-    step = max(1, min(longest, own // (ranks * (2 * x.shape[1] * x.element_size() + numbers * count * 4))))
-
-    def gather(rows: Tensor, start: int) -> Tensor:
-        return _all_gather(rows[start : start + step], step, group)
-
-    parts = []
-    for start in range(0, max(1, longest), step):
-        all_known = None if known is None else Known(*(gather(part, start) for part in known))
-        tokens = sum(min(max(length - start, 0), step) for length in lengths)  # without those that fill up
-        ours = evaluate(gather(x, start), gather(g, start), all_known, tokens)
-        parts.append(_scatter(ours, held, step, count, group))
-    return torch.cat(parts)[: len(x)]
-
-
-def _scatter(ours: Tensor, held: slice, rows: int, count: int, group: dist.ProcessGroup) -> Tensor:
-    """From numbers for the tokens of all ranks and our experts to those for our tokens, ``rows``, and all experts."""
-    whole = ours.new_zeros(len(ours), count)
-    whole[:, held] = ours
-    scattered = ours.new_empty(rows, count)
-    dist.reduce_scatter_tensor(scattered, whole, group=group)
-    return scattered
-
-
-def _stack(experts: Sequence[StackedExperts]) -> StackedExperts:
-    """All of them as one. Weights that lie apart are copied."""
-    if len(experts) == 1:
-        return experts[0]
-    up, down, *biases = zip(*(some.weights for some in experts), strict=True)
-    up_bias, down_bias = (None if bias[0] is None else torch.cat(bias) for bias in biases[:2])
-    return StackedExperts(ExpertWeights(torch.cat(up), torch.cat(down), up_bias, down_bias), experts[0].layout)
-
-
-def _all_gather(rows: Tensor, count: int, group: dist.ProcessGroup) -> Tensor:
-    """The rows of all ranks, each filled up with zeros to ``count`` rows."""
-    full = F.pad(rows, (0, 0, 0, count - rows.shape[0])).contiguous()
-    gathered = full.new_empty(dist.get_world_size(group) * count, full.shape[1])
-    dist.all_gather_into_tensor(gathered, full, group=group)
-    return gathered
 
 
 def read_experts(block: Any, name: str) -> list[StackedExperts]:

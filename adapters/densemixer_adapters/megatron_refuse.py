@@ -78,12 +78,6 @@ def refuse_config(config: Any, options: DenseMixerConfig) -> None:
     if config.moe_router_score_function not in SCORE_FUNCTIONS:
         reason = f"its moe_router_score_function {config.moe_router_score_function} is unknown"
         fix = f"use one of {', '.join(SCORE_FUNCTIONS)}"
-    if options.budget < 1 and expert_tensor > 1:
-        reason = (
-            f"budget={options.budget} doesn't work with expert tensor parallelism: the ranks that share an expert "
-            "would have to draw the same pairs"
-        )
-        fix = "set expert_tensor_parallel_size to 1, or the budget"
     if reason:
         raise UnsupportedModelError(
             f"DenseMixer can't train this model: {reason}. Either {fix}, or switch DenseMixer off."

@@ -17,6 +17,7 @@ from test_straight_through import LiveBytes, assert_equal_gradients, cases
 from torch.utils.checkpoint import checkpoint
 
 from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, sampled_dots
+from densemixer_core.control import fit
 from densemixer_core.routing import SCORE_FUNCTIONS, router_scores, score_gradient_to_logits, score_sensitivity
 from densemixer_core.sampling import Pairs, draw_pairs, inclusion_probabilities, offsets
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, measuring, refusal
+from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, measuring
 from torch import multiprocessing
 
 
@@ -131,7 +131,7 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
     found["metrics"] = measuring
     if layout.tensor > 1 and layout.expert == 1:  # with both, 0.13 refuses it
         found["metrics, tokens not split"] = functools.partial(measuring, split=False)
-    found["budget"] = drawing if layout.expert_tensor == 1 else refusal
+    found["budget"] = drawing
     return found
 
 

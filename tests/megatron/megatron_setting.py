@@ -23,9 +23,9 @@ from packaging.version import Version
 from torch import Tensor
 from torch.nn import functional as F
 
+from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.megatron import enable
-from densemixer_adapters.megatron_layer import gathered_dots, read_experts
-from densemixer_adapters.transformers import UnsupportedModelError
+from densemixer_adapters.megatron_layer import read_experts
 from densemixer_core import DenseMixerConfig
 
 EXPERTS, K, HIDDEN, FFN, LATENT = 8, 2, 16, 8, 12
@@ -493,15 +493,6 @@ def drawing() -> dict[str, float]:
         "bias": float((errors.mean(0).abs() / (errors.std(0) / len(draws) ** 0.5)).max()),
         "output": oracle.worst_error(some[0].output, exact.output),
     }
-
-
-def refusal() -> str:
-    """What is said to a budget."""
-    try:
-        enable(build(Case()), DenseMixerConfig(budget=1 / 3))
-    except UnsupportedModelError as error:
-        return str(error)
-    return ""
 
 
 def gathering() -> dict[str, float]:

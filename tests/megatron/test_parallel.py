@@ -62,11 +62,8 @@ def test_gradients(layout: str, cell: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_budget(layout: str) -> None:
-    """The mean over draws is the exact gradient, whichever rank holds the experts."""
+    """The mean over draws is the exact gradient, whichever rank holds the experts, or parts of them."""
     for result in found(layout, BUDGET):
-        if LAYOUTS[layout].expert_tensor > 1:
-            assert "set expert_tensor_parallel_size to 1" in result
-            continue
         assert result["output"] == 0, result
         assert result["mean"] < 0.15, result
         assert result["draw"] > 3 * result["mean"], result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import subprocess
 import sys
@@ -59,12 +60,75 @@ MATRIX: dict[str, dict[str, tuple[str, ...]]] = {
             "through accelerate",
             "through the Trainer",
         ),
-        "refused": ("tensor parallelism", "expert parallelism", "tensor and expert parallelism"),
+        "refused": ("tensor parallelism", "expert parallelism"),
     },
 }
-# Triton's kernels run on the CPU, without timing them for the best settings first.
-INTERPRETED = {"TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"}
-NOT_IN = {"5.5.4": {"FSDP2 of transformers (fsdp_size): plain", "refused: tensor and expert parallelism"}}
+# The layouts of transformers' own parallelism, which only the newer version has; what else is to be shown in each.
+_KINDS = CHECKPOINTING[:2]
+_DOORS = ("DENSEMIXER_ENABLED=1", "router metrics", "saved checkpoints", "changed output")
+PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
+    "FSDP 2 · EP 2": (
+        {"fsdp_size": 2, "ep_size": 2},
+        (
+            "plain",
+            "centered",
+            *_KINDS,
+            "gpt-oss",
+            "DeepSeek-V3",
+            "Qwen2-MoE",
+            "Mixtral",
+            "ep_implementation all_to_all",
+            "batches of different lengths",
+            *_DOORS,
+            "Trainer",  # on a CPU, accelerate refuses tensor parallelism
+            "SFTTrainer",
+            "refused: pipeline parallelism",
+            "refused: kernels of Mega MoE",
+            "refused: a part of a model",
+        ),
+    ),
+    "TP 2 · EP 2": (
+        {"tp_size": 2, "ep_size": 2},
+        (
+            "plain",
+            *_KINDS,
+            "DeepSeek-V3",
+            "ep_implementation all_to_all",
+            "ep_implementation all_reduce",
+            *_DOORS,
+        ),
+    ),
+    "TP 2": ({"tp_size": 2}, ("plain", "centered", *_KINDS, "DeepSeek-V3", "Qwen2-MoE", "gpt-oss", *_DOORS)),
+    "FSDP 4 · EP 2": ({"fsdp_size": 4, "ep_size": 2}, ("plain", "gpt-oss")),
+    "FSDP 4 · EP 4": ({"fsdp_size": 4, "ep_size": 4}, ("plain",)),
+    "FSDP 2 · TP 2": ({"fsdp_size": 2, "tp_size": 2}, ("plain", "checkpointing non-reentrant")),
+    "FSDP 2 · TP 2 · EP 2": ({"fsdp_size": 2, "tp_size": 2, "ep_size": 2}, ("plain", "ep_implementation all_reduce")),
+    "FSDP 2 · TP 2 · EP 4": (
+        {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
+        ("plain", "checkpointing reentrant", "gpt-oss", "batches of different lengths", "router metrics"),
+    ),
+    "HSDP 2 × 2 · EP 2": ({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, ("plain",)),
+    "HSDP 2 × 1 · TP 2 · EP 2": ({"dp_replicate_size": 2, "tp_size": 2, "ep_size": 2}, ("plain",)),
+}
+
+
+NO_GRADIENTS = ("router metrics", "saved checkpoints", "changed output", "refused")
+"""How the names of the variations begin that show something else."""
+
+
+def processes(layout: dict[str, int]) -> int:
+    return math.prod(size for name, size in layout.items() if name != "ep_size")
+
+
+SETTINGS = {
+    # Triton's kernels run on the CPU, without timing them for the best settings first.
+    "liger": {"TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"},
+    "parallel": {"DENSEMIXER_ENABLED": "1"},
+}
+NOT_IN = {
+    "5.5.4": {"FSDP2 of transformers (fsdp_size): plain"},
+    "5.23.0": {"refused: tensor parallelism", "refused: expert parallelism"},
+}
 
 
 def cells(script: str, version: str) -> list[str]:
@@ -74,6 +138,10 @@ def cells(script: str, version: str) -> list[str]:
 
 def installed() -> str:
     return importlib.metadata.version("transformers")
+
+
+def parallel_cells() -> list[str]:
+    return [f"{way}: {variation}" for way, (_, variations) in PARALLEL.items() for variation in variations]
 
 
 def report_of(script: str, version: str) -> Path:
@@ -88,7 +156,7 @@ def run(script: str) -> dict[str, Any]:
     ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if script == "two_ranks" else []
     done = subprocess.run(
         [sys.executable, *ranks, str(HERE / f"{script}.py"), str(report)],
-        env=environment(**(INTERPRETED if script == "liger" else {})),
+        env=environment(**SETTINGS.get(script, {})),
         capture_output=True,
         text=True,
         timeout=570,

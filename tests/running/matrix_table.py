@@ -1,5 +1,7 @@
 """Print the matrix as tables: the worst error of each way of running, and that of each cell, in the last reports.
 
+Then that of transformers' own parallelism, which docs/transformers-parallel.md has.
+
 .venv/bin/nox -f ci/noxfile.py -s transformers -- tests/running
 python tests/running/matrix_table.py
 """
@@ -26,6 +28,21 @@ def cell_rows() -> Iterator[tuple[str, ...]]:
         for way, variations in ways.items():
             for variation in variations if way != "refused" else ():
                 yield way, variation, *(worst(f"{way}: {variation}", version, exactly=True) for version in VERSIONS)
+
+
+def parallel_rows() -> Iterator[tuple[str, ...]]:
+    for way, (layout, variations) in matrix.PARALLEL.items():
+        shown = [variation for variation in variations if not variation.startswith(matrix.NO_GRADIENTS)]
+        yield way, str(matrix.processes(layout)), ", ".join(shown), parallel_worst(way, shown)
+
+
+def parallel_worst(way: str, variations: Sequence[str]) -> str:
+    """The largest error of the gradients."""
+    report = matrix.report_of("parallel", VERSIONS[-1])
+    if not report.exists():
+        return "–"
+    found = json.loads(report.read_text())
+    return f"{max(found[f'{way}: {variation}']['error'] for variation in variations):.1e}"
 
 
 def worst(name: str, version: str, exactly: bool = False) -> str:
@@ -63,7 +80,11 @@ def main() -> None:
     print_table("Variations", rows())
     print("\n<details markdown><summary>Each cell</summary>\n")
     print_table("Variation", cell_rows())
-    print("\n</details>")
+    print("\n</details>\n")
+    print(line(["Layout", "Ranks", "Variations", "Worst error"]))
+    print("|---|---|---|---|")
+    for row in parallel_rows():
+        print(line(row))
 
 
 if __name__ == "__main__":

@@ -61,11 +61,13 @@ def selected(model: nn.Module, family: Family = FAMILY) -> list[Tensor]:
     return indices
 
 
-def dense(model: nn.Module, indices: list[Tensor], estimator: str, family: Family = FAMILY) -> Gradients:
-    """The oracle's gradients of the batch in float64, in this process alone."""
+def dense(
+    model: nn.Module, indices: list[Tensor], estimator: str, family: Family = FAMILY, ids: Tensor | None = None
+) -> Gradients:
+    """The oracle's gradients in float64, in this process alone; of the batch, or of ``ids``."""
     with oracle.Float64():
         truth = family.oracle(model, indices, estimator)
-        loss_of(truth, batch()).backward()
+        loss_of(truth, batch() if ids is None else ids).backward()
     return gradients_of(truth)
 
 

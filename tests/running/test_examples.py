@@ -1,4 +1,4 @@
-"""The examples of TRL and FSDP2, as their README says to run them without a GPU."""
+"""The examples of TRL, FSDP2 and transformers' parallelism, as their README says to run them without a GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import matrix
 import pytest
 import torch
 from installs import is_installed
+from packaging.version import Version
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -57,6 +58,20 @@ def test_fsdp2(tmp_path: Path) -> None:
     for name, value in before.items():
         assert value.dtype == after[name].dtype
         assert torch.isfinite(after[name]).all()
+    routers = [name for name in before if "mlp.gate.weight" in name]
+    assert len(routers) == 2
+    assert not any(torch.equal(before[name], after[name]) for name in routers)
+    assert json.loads((here / "out" / "config.json").read_text())["model_type"] == "qwen3_moe"
+
+
+@pytest.mark.skipif(Version(matrix.installed()) < Version("5.23"), reason="transformers spreads experts since 5.23")
+def test_transformers_parallel(tmp_path: Path) -> None:
+    output = follow("transformers_parallel", tmp_path)
+    assert output.count("DenseMixer trains the routers of 2 layers") == 1
+    assert output.count("densemixer/router_grad_share_unselected") >= 3
+    here = tmp_path / "examples" / "transformers_parallel"
+    before, after = (load_file(here / path / "model.safetensors") for path in ("tiny/model", "out"))
+    assert before.keys() == after.keys()
     routers = [name for name in before if "mlp.gate.weight" in name]
     assert len(routers) == 2
     assert not any(torch.equal(before[name], after[name]) for name in routers)

@@ -347,11 +347,9 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "FSDP2, bfloat16: checkpointing non-reentrant", lambda: half_fsdp2("non-reentrant")
     if Version(transformers.__version__) >= Version("5.23"):
         yield "FSDP2 of transformers (fsdp_size): plain", own_fsdp
-        yield "refused: expert parallelism", lambda: refusal("gpt_oss", fsdp_size=2, ep_size=2)
-        yield "refused: tensor and expert parallelism", lambda: refusal("qwen3_moe", tp_size=2, ep_size=2)
-    else:
+    else:  # the newer ones are cells of parallel.py
         yield "refused: expert parallelism", lambda: refusal("gpt_oss", enable_expert_parallel=True)
-    yield "refused: tensor parallelism", lambda: refusal("qwen3_moe")
+        yield "refused: tensor parallelism", lambda: refusal("qwen3_moe")
     for stage in (1, 2, 3):
         way, ds = f"ZeRO-{stage}", functools.partial(zero, stage)
         yield f"{way}: plain", functools.partial(ds, count_steps=stage == 3)

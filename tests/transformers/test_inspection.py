@@ -226,6 +226,25 @@ def test_budgets_are_as_cheap_as_promised(large: Path) -> None:
     assert [round(setting["step_time"], 2) for setting in found["settings"]] == [1.29, 1.15]
 
 
+@pytest.mark.parametrize(("ep", "tp"), [(1, 1), (8, 1), (8, 2), (8, 8), (1, 4)])
+def test_what_ranks_send(large: Path, ep: int, tp: int) -> None:
+    """By the formula, a token and layer; x and g are in the dtype of the configuration, here float32."""
+    _, found = run("cost", large, "--ep", ep, "--tp", tp, "--budget", 1, "--budget", 0.5)
+    d, e, numbers = 2048, 128, 4 * 128 / ep * (ep - 1)
+    others = (ep - 1) / tp if ep > tp else 0  # slices of x and g that others get
+    whole = 8 * e * (tp - 1) / tp if ep == 1 else numbers + others * 2 * 4 * d
+    half = whole if ep == 1 else 2 * numbers + others * (2 * 4 * d + 4 * e / ep)
+    assert [setting["sent"] for setting in found["settings"]] == pytest.approx([48 * whole, 48 * half])
+    done = CliRunner().invoke(app, ["cost", str(large), "--ep", str(ep), "--tp", str(tp), "--budget", "1"])
+    assert (f"kB a token: {48e-3 * whole:.4g} (budget 1)." in done.stdout) == (whole > 0)
+
+
+def test_experts_that_do_not_divide(large: Path) -> None:
+    done = CliRunner().invoke(app, ["cost", str(large), "--ep", "3"])
+    assert done.exit_code == 2
+    assert "128 experts can't be spread over 3 ranks" in done.stderr
+
+
 def test_a_wrong_budget(large: Path) -> None:
     done = CliRunner().invoke(app, ["cost", str(large), "--budget", "2"])
     assert done.exit_code == 2
