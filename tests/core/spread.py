@@ -127,7 +127,8 @@ class Layer:
         tokens = way.tokens[rank]
         self.x, self.g = torch.randn(2, tokens, HIDDEN, generator=own)
         every = EXPERTS + way.identities
-        self.known = Known(torch.rand(tokens, every, generator=own), torch.randn(tokens, 1, generator=own))
+        # No pair matters so little that it is hardly ever drawn, and then counts for very many.
+        self.known = Known(0.5 + torch.rand(tokens, every, generator=own), torch.randn(tokens, 1, generator=own))
         self.index = torch.rand(tokens, every, generator=own).topk(K).indices
         self.weights = torch.rand(tokens, K, generator=own)
 
@@ -218,6 +219,8 @@ def count(layer: Layer, way: Way, budget: float) -> dict[str, float]:
     pairs = tokens * EXPERTS if budget == 1 else round(budget * tokens * (EXPERTS - K))
     # Each pair is evaluated once, and the ranks that share their tokens divide it.
     flops = pairs * 6 * HIDDEN * FFN / way.shared
+    if budget < 1:  # the product of g with the mean output of each expert, or part of it
+        flops += 2 * tokens * EXPERTS * HIDDEN * way.parts / way.shared
     sent = bytes_sent(
         tokens,
         HIDDEN,
