@@ -50,7 +50,7 @@ class Case:
         host_adds: Whether Megatron adds gradients of its own (losses of the router, shared experts), which the oracle
             doesn't know: then what DenseMixer adds is compared.
         estimator: Of DenseMixer.
-        budget: Of DenseMixer. Just below 1 nearly all pairs are drawn, and it is nearly exact.
+        budget: Of DenseMixer. Just below 1 all pairs but the pilot's share are drawn, and it is nearly exact.
         dtype: Of weights and inputs.
         since: The version of Megatron Core that has it.
         prepare: What to do with the built layer.
@@ -441,7 +441,7 @@ def check(case: Case, dispatcher: str) -> Report:
         dist.all_reduce(gradient, group=parallel_state.get_expert_data_parallel_group())
     half = case.dtype != torch.float32
     report.errors = compare(ours, exact, oracle.relative_error if half else oracle.worst_error, case)
-    report.allowed = dict.fromkeys(report.errors, TOLERANCE if case.budget == 1 else 0.01)
+    report.allowed = dict.fromkeys(report.errors, TOLERANCE if case.budget == 1 else 0.1)
     if half:
         dense = truth(layer, x, g, index, case.estimator, case.dtype)
         errors = compare(dense, exact, oracle.relative_error, case)
