@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=120, help="steps of training of both models")
     parser.add_argument("--seeds", type=int, default=8, help="draws of each budget")
     arguments = parser.parse_args()
-    console = Console(width=110)
+    console = Console(width=120)
     data = library()
     models = {"trained": trained(data, arguments.train), "demo": demo_model(arguments.train)}
 
@@ -62,7 +62,7 @@ def main() -> None:
         layers = {name: synthetic(name, tokens) for name in SYNTHETIC}
         for name, (model, rows) in models.items():
             steps = recorded(model, sample(rows, tokens))
-            layers |= {f"{name}, layer {number}": layer for number, layer in enumerate(steps)}
+            layers |= {f"{name} {number}": layer for number, layer in enumerate(steps)}
         for name, parts in track(layers.items(), f"{tokens} tokens", console=console):
             for estimator in ESTIMATORS:
                 cells = [compare(parts, estimator, budget, arguments.seeds) for budget in budgets]
@@ -70,7 +70,7 @@ def main() -> None:
     console.print(table)
     console.print(
         "Cosine between the extra gradient of a router's weight at that budget and the exact one, without control "
-        f"variates → with them;\nmean over {arguments.seeds} draws."
+        f"variates → with them; mean over {arguments.seeds} draws."
     )
 
 

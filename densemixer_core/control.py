@@ -94,4 +94,4 @@ def _slope(of: Tensor, by: Tensor, more: Tensor) -> Tensor:
 
 
 _PAIRS_FOR_MEAN = 4
-_PAIRS_FOR_BETA = 8
+_PAIRS_FOR_BETA = 16

@@ -121,7 +121,7 @@ def sampled_dots(
     return scaled(dots, weights.scale).t()
 
 
-PAIRS_PER_PILOT = 8
+PAIRS_PER_PILOT = 10
 """Of so many pairs one is spent on the pilot."""
 
 

@@ -216,14 +216,14 @@ def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> No
     for setting in budgeted:
         assert setting["extra"] == pytest.approx(layers * (setting["budget"] * (e - k) * 6 * d * f + e * 2 * d))
     for setting in found["settings"]:
-        output = 0 if setting["budget"] == 1 else 2 * d + 4
+        output = 0 if setting["budget"] == 1 else 4 * d + 4  # in float32
         assert setting["saved"] == layers * (4 * (e + 1) + output)
         assert setting["saved_checkpointed"] == 4 * (e + 1) + output
 
 
 def test_budgets_are_as_cheap_as_promised(large: Path) -> None:
     _, found = run("cost", large, "--seq-len", 4096, "--budget", 1 / 8, "--budget", 1 / 16)
-    assert [round(setting["step_time"], 2) for setting in found["settings"]] == [1.29, 1.15]
+    assert [round(setting["step_time"], 2) for setting in found["settings"]] == [1.30, 1.15]
 
 
 @pytest.mark.parametrize(("ep", "tp"), [(1, 1), (8, 1), (8, 2), (8, 8), (1, 4)])
@@ -233,7 +233,7 @@ def test_what_ranks_send(large: Path, ep: int, tp: int) -> None:
     d, e, numbers = 2048, 128, 4 * 128 / ep * (ep - 1)
     others = (ep - 1) / tp if ep > tp else 0  # slices of x and g that others get
     whole = 8 * e * (tp - 1) / tp if ep == 1 else numbers + others * 2 * 4 * d
-    half = whole if ep == 1 else 2 * numbers + others * (2 * 4 * d + 4 * e / ep)
+    half = whole if ep == 1 else numbers + others * (2 * 4 * d + 4 * (e / ep + 1))
     assert [setting["sent"] for setting in found["settings"]] == pytest.approx([48 * whole, 48 * half])
     done = CliRunner().invoke(app, ["cost", str(large), "--ep", str(ep), "--tp", str(tp), "--budget", "1"])
     assert (f"kB a token: {48e-3 * whole:.4g} (budget 1)." in done.stdout) == (whole > 0)
