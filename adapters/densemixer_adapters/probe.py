@@ -21,6 +21,9 @@ from densemixer_core.routing import are_probabilities
 TOKENS = 4096
 """Of the batch, on each rank, that are compared; the reference is kept in memory."""
 
+_FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
+"""What a model is called with for the sake of a loss, the last by TRL's trainers. Without it none is computed."""
+
 
 class Probe:
     """Runs the model on its first training batch again, in evaluation mode, and compares the routing.
@@ -71,8 +74,7 @@ class Probe:
         if not (torch.is_grad_enabled() and model.training):  # not an evaluation before training
             return
         self._hook.remove()
-        # Without labels no loss is computed.
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("labels", "num_items_in_batch")}
+        kwargs = {name: value for name, value in kwargs.items() if name not in _FOR_THE_LOSS}
         if hasattr(getattr(model, "config", None), "use_cache"):
             kwargs["use_cache"] = False
         self._batch = _copy(args), _copy(kwargs)

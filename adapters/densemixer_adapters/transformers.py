@@ -46,7 +46,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
 
     The model's outputs stay what they are, bit for bit; nothing is added to its parameters, modules or checkpoints.
     Call it on the model that will be trained, before it is wrapped by DDP, FSDP, DeepSpeed or ``torch.compile``; before
-    or after PEFT.
+    or after PEFT; and after transformers has spread it over ranks (``distributed_config``).
 
     Args:
         model: A model with Mixture-of-Experts layers, or any module that contains some.
@@ -57,8 +57,8 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers, one with an unknown router, or one whose
-            experts don't follow the contract of transformers 5, or are split by its tensor or expert parallelism; or
-            Unsloth has been imported.
+            experts don't follow the contract of transformers 5, or are spread over ranks in a way that has no
+            backward or that an old version doesn't tell; or Unsloth has been imported.
         TypeError: The model or the options are of another type.
         ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.

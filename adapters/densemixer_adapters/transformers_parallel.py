@@ -77,17 +77,17 @@ def spread_of(weight: Tensor, sharing: int) -> Spread | None:
     """How the experts are spread, from one of their weights as it is in the forward; None if they aren't."""
     if not isinstance(weight, DTensor):
         return None
-    mesh = weight.device_mesh
-    names = mesh.mesh_dim_names or ()
-    if not {"ep", "tp"} & set(names):
+    mesh, names = weight.device_mesh, weight.device_mesh.mesh_dim_names or ()
+    name = next((name for name in ("ep", "tp") if name in names), None)
+    if name is None:
         return None
-    if "ep" in names:
-        group, count = mesh.get_group("ep"), weight.shape[0]
-        held = count // dist.get_world_size(group)
-        first = held * dist.get_rank(group)
-        return Spread(group, range(first, first + held), count, sharing)
-    group = mesh.get_group("tp")
-    return Spread(group, range(weight.shape[0]), weight.shape[0], dist.get_world_size(group))
+    group, count = mesh.get_group(name), weight.shape[0]
+    ranks = dist.get_world_size(group)
+    shared = sharing if name == "ep" else ranks
+    if not weight.placements[names.index(name)].is_shard(0):  # a part of the width of each
+        return Spread(group, range(count), count, shared)
+    first = count // ranks * dist.get_rank(group)
+    return Spread(group, range(first, first + count // ranks), count, shared)
 
 
 def local_weights(weights: ExpertWeights) -> ExpertWeights:

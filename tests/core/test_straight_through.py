@@ -153,6 +153,32 @@ def test_a_function_may_evaluate_the_experts(budget: float) -> None:
     assert calls == [(layer.x.shape, False)]
 
 
+def test_a_function_is_called_without_tokens_too() -> None:
+    """Other processes may wait for it, which have some."""
+    layer = Layer(Case(tokens=0))
+    calls = []
+
+    def evaluate(x: torch.Tensor, g: torch.Tensor, sensitivity: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+        calls.append(x.shape)
+        return g.new_zeros(0, layer.case.scored), None
+
+    output, scores, weights = layer.host()
+    through = straight_through(
+        output,
+        scores,
+        x=layer.x,
+        index=layer.index,
+        weights=weights,
+        experts=evaluate,
+        score="softmax",
+        renormalised=True,
+        config=DenseMixerConfig("centered"),
+    )
+    gradients = layer.gradients(through)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients.values())
+    assert calls == [layer.x.shape]
+
+
 def test_an_expanded_gradient_is_accepted() -> None:
     """``y.sum().backward()`` hands over a gradient without storage of its own."""
     layer = Layer(Case())

@@ -79,6 +79,7 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "Mixtral",
             "ep_implementation all_to_all",
             "batches of different lengths",
+            "bfloat16",
             *_DOORS,
             "Trainer",  # on a CPU, accelerate refuses tensor parallelism
             "SFTTrainer",
@@ -112,8 +113,8 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 }
 
 
-NO_GRADIENTS = ("router metrics", "saved checkpoints", "changed output", "refused")
-"""How the names of the variations begin that show something else."""
+NO_GRADIENTS = ("bfloat16", "router metrics", "saved checkpoints", "changed output", "refused")
+"""How the names of the variations begin that show something else than gradients in float32."""
 
 
 def processes(layout: dict[str, int]) -> int:

@@ -37,6 +37,7 @@ from setting import (
     dense,
     gradients_of,
     judge,
+    judge_half,
     run,
     truth,
 )
@@ -107,6 +108,23 @@ def uneven(layout: Layout) -> Result:
     found = {estimator: [of_part(part, estimator) for part in parts] for estimator in ("densemixer", "conventional")}
     mean = {kind: {name: (a[name] + b[name]) / 2 for name in a} for kind, (a, b) in found.items()}
     return judge(full(gradients_of(model)), mean["densemixer"], mean["conventional"])
+
+
+def half(layout: Layout) -> Result:
+    """FSDP's mixed precision."""
+    family = FAMILIES["qwen3_moe"]
+    model = load({**layout, "fsdp_mixed_precision": True})
+    apply_densemixer(model)
+    with selections(family, model) as mine:
+        loss_of(model, share(layout)).backward()
+    indices = []
+    for index in mine:
+        parts = [torch.empty_like(index) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, index)
+        indices.append(torch.cat(parts))
+    reference = family.oracle(build(), indices, "densemixer").bfloat16()
+    loss_of(reference, batch()).backward()
+    return judge_half(full(gradients_of(model)), gradients_of(reference), indices, torch.bfloat16)
 
 
 def of_part(ids: Tensor, estimator: str) -> Gradients:
@@ -270,6 +288,7 @@ VARIATIONS: dict[str, Callable[[Layout], Any]] = {
     "Qwen2-MoE": functools.partial(plain, family="qwen2_moe"),
     "Mixtral": functools.partial(plain, family="mixtral"),
     "batches of different lengths": uneven,
+    "bfloat16": half,
     "DENSEMIXER_ENABLED=1": by_environment,
     "Trainer": lambda layout: by_trainer(layout, "Trainer"),
     "SFTTrainer": lambda layout: by_trainer(layout, "SFTTrainer"),
