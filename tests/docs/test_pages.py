@@ -53,7 +53,7 @@ def test_no_block_of_code_is_overlooked() -> None:
 
 def test_the_costs_of_the_readme_are_those_of_the_page() -> None:
     """Which another test compares with the command."""
-    printed = [block.text for block in COMMANDS if "densemixer cost" in block.text]
+    printed = [block.text for block in COMMANDS if "$ densemixer cost" in block.text]
     short, long = ([line.split() for line in text.splitlines() if re.match(r"[01](\.\d+)? ", line)] for text in printed)
     rows = [(Fraction(a[0]), *a[1:4], b[2]) for a, b in zip(short, long, strict=True)]
     table = re.findall(r"^\| (1|1/\d+) \|(.*)\|$", TEXTS[REPOSITORY / "README.md"], flags=re.MULTILINE)
