@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matrix
+import oracle
 import torch
 import torch.distributed as dist
 from families import FAMILIES
@@ -38,6 +39,7 @@ from setting import (
     gradients_of,
     judge,
     judge_half,
+    routers,
     run,
     truth,
 )
@@ -125,6 +127,23 @@ def half(layout: Layout) -> Result:
     reference = family.oracle(build(), indices, "densemixer").bfloat16()
     loss_of(reference, batch()).backward()
     return judge_half(full(gradients_of(model)), gradients_of(reference), indices, torch.bfloat16)
+
+
+def budget(layout: Layout) -> Result:
+    """The mean over draws is the exact gradient: how far it is, in some directions, in standard errors."""
+    model, draws, exact = load(layout), [], truth("centered")
+    names = routers(exact)
+    for seed in range(40):
+        model.zero_grad()
+        with apply_densemixer(model, DenseMixerConfig("centered", budget=0.3, seed=seed)):
+            loss_of(model, share(layout)).backward()
+        found = full(gradients_of(model))
+        draws.append(torch.cat([found[name].flatten() for name in names]).double())
+    whole = torch.cat([exact[name].flatten() for name in names])
+    directions = torch.randn(10, len(whole), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = (torch.stack(draws) - whole) @ directions.t()
+    bias = errors.mean(0).abs() / (errors.std(0) / len(draws) ** 0.5)
+    return Result(bias.max().item(), 5.0, oracle.relative_error(draws[0], whole))
 
 
 def of_part(ids: Tensor, estimator: str) -> Gradients:
@@ -289,6 +308,7 @@ VARIATIONS: dict[str, Callable[[Layout], Any]] = {
     "Mixtral": functools.partial(plain, family="mixtral"),
     "batches of different lengths": uneven,
     "bfloat16": half,
+    "budget": budget,
     "DENSEMIXER_ENABLED=1": by_environment,
     "Trainer": lambda layout: by_trainer(layout, "Trainer"),
     "SFTTrainer": lambda layout: by_trainer(layout, "SFTTrainer"),
