@@ -79,6 +79,7 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "Mixtral",
             "ep_implementation all_to_all",
             "batches of different lengths",
+            "a hook on one rank",
             "bfloat16",
             *_DOORS,
             "Trainer",  # on a CPU, accelerate refuses tensor parallelism

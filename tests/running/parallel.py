@@ -110,6 +110,18 @@ def verdict(model: Any, estimator: str = "densemixer", family: str = "qwen3_moe"
     return judge(gradients, truth(estimator, family), truth("conventional", family))
 
 
+def hooked(layout: Layout) -> Result:
+    """Somebody looks at the experts' output on one rank, from the second step on. The ranks still go together."""
+    model = load(layout)
+    apply_densemixer(model)
+    loss_of(model, share(layout)).backward()
+    model.zero_grad()
+    if dist.get_rank() == 0:
+        model.model.layers[0].mlp.experts.register_forward_hook(lambda *args: None)
+    loss_of(model, share(layout)).backward()
+    return verdict(model)
+
+
 def uneven(layout: Layout) -> Result:
     """Each batch of another length."""
     model, (first, second) = load(layout), batch().chunk(2)
@@ -325,6 +337,7 @@ VARIATIONS: dict[str, Callable[[Layout], Any]] = {
     "Qwen2-MoE": functools.partial(plain, family="qwen2_moe"),
     "Mixtral": functools.partial(plain, family="mixtral"),
     "batches of different lengths": uneven,
+    "a hook on one rank": hooked,
     "bfloat16": half,
     "budget": budget,
     "DENSEMIXER_ENABLED=1": by_environment,
