@@ -65,7 +65,7 @@ MATRIX: dict[str, dict[str, tuple[str, ...]]] = {
 }
 # The layouts of transformers' own parallelism, which only the newer version has; what else is to be shown in each.
 _KINDS = CHECKPOINTING[:2]
-_DOORS = ("DENSEMIXER_ENABLED=1", "router metrics", "saved checkpoints", "changed output")
+_DOORS = ("budget", "DENSEMIXER_ENABLED=1", "router metrics", "saved checkpoints", "changed output")
 PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
     "FSDP 2 · EP 2": (
         {"fsdp_size": 2, "ep_size": 2},
@@ -79,6 +79,7 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "Mixtral",
             "ep_implementation all_to_all",
             "batches of different lengths",
+            "a hook on one rank",
             "bfloat16",
             *_DOORS,
             "Trainer",  # on a CPU, accelerate refuses tensor parallelism
@@ -113,7 +114,7 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
 }
 
 
-NO_GRADIENTS = ("bfloat16", "router metrics", "saved checkpoints", "changed output", "refused")
+NO_GRADIENTS = ("bfloat16", "budget", "router metrics", "saved checkpoints", "changed output", "refused")
 """How the names of the variations begin that show something else than gradients in float32."""
 
 

@@ -42,7 +42,10 @@ def parallel_worst(way: str, variations: Sequence[str]) -> str:
     if not report.exists():
         return "–"
     found = json.loads(report.read_text())
-    return f"{max(found[f'{way}: {variation}']['error'] for variation in variations):.1e}"
+    results = [found.get(f"{way}: {variation}", {}) for variation in variations]
+    if any("error" not in result for result in results):
+        return "failed"
+    return f"{max(result['error'] for result in results):.1e}"
 
 
 def worst(name: str, version: str, exactly: bool = False) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matrix
+import oracle
 import torch
 import torch.distributed as dist
 from families import FAMILIES
@@ -38,6 +39,7 @@ from setting import (
     gradients_of,
     judge,
     judge_half,
+    routers,
     run,
     truth,
 )
@@ -53,6 +55,7 @@ from densemixer_adapters.transformers import UnsupportedModelError, apply_densem
 from densemixer_core import DenseMixerConfig
 
 STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away
+UNREPORTED = Result(0.0, 0.0, 0.0)
 Layout = dict[str, Any]
 
 
@@ -96,7 +99,27 @@ def plain(
     attach(model, DenseMixerConfig(estimator))
     checkpoint(model, kind)
     loss_of(model, share(layout)).backward()
-    return judge(full(gradients_of(model)), truth(estimator, family), truth("conventional", family))
+    return verdict(model, estimator, family)
+
+
+def verdict(model: Any, estimator: str = "densemixer", family: str = "qwen3_moe") -> Result:
+    """By the first rank, whose report is written; the others need not compute the truth."""
+    gradients = full(gradients_of(model))
+    if dist.get_rank():
+        return UNREPORTED
+    return judge(gradients, truth(estimator, family), truth("conventional", family))
+
+
+def hooked(layout: Layout) -> Result:
+    """Somebody looks at the experts' output on one rank, from the second step on. The ranks still go together."""
+    model = load(layout)
+    apply_densemixer(model)
+    loss_of(model, share(layout)).backward()
+    model.zero_grad()
+    if dist.get_rank() == 0:
+        model.model.layers[0].mlp.experts.register_forward_hook(lambda *args: None)
+    loss_of(model, share(layout)).backward()
+    return verdict(model)
 
 
 def uneven(layout: Layout) -> Result:
@@ -105,9 +128,12 @@ def uneven(layout: Layout) -> Result:
     apply_densemixer(model)
     parts = [first, second[:, :7]]
     loss_of(model, parts[0] if share(layout).equal(first) else parts[1]).backward()
+    gradients = full(gradients_of(model))
+    if dist.get_rank():
+        return UNREPORTED
     found = {estimator: [of_part(part, estimator) for part in parts] for estimator in ("densemixer", "conventional")}
     mean = {kind: {name: (a[name] + b[name]) / 2 for name in a} for kind, (a, b) in found.items()}
-    return judge(full(gradients_of(model)), mean["densemixer"], mean["conventional"])
+    return judge(gradients, mean["densemixer"], mean["conventional"])
 
 
 def half(layout: Layout) -> Result:
@@ -122,9 +148,32 @@ def half(layout: Layout) -> Result:
         parts = [torch.empty_like(index) for _ in range(dist.get_world_size())]
         dist.all_gather(parts, index)
         indices.append(torch.cat(parts))
+    gradients = full(gradients_of(model))
+    if dist.get_rank():
+        return UNREPORTED
     reference = family.oracle(build(), indices, "densemixer").bfloat16()
     loss_of(reference, batch()).backward()
-    return judge_half(full(gradients_of(model)), gradients_of(reference), indices, torch.bfloat16)
+    return judge_half(gradients, gradients_of(reference), indices, torch.bfloat16)
+
+
+def budget(layout: Layout) -> Result:
+    """The mean over draws is the exact gradient: how far it is, in some directions, in standard errors."""
+    model, draws = load(layout), []
+    names = routers(name for name, _ in model.named_parameters())
+    for seed in range(40):
+        model.zero_grad()
+        with apply_densemixer(model, DenseMixerConfig("centered", budget=0.3, seed=seed)):
+            loss_of(model, share(layout)).backward()
+        found = full(gradients_of(model))
+        draws.append(torch.cat([found[name].flatten() for name in names]).double())
+    if dist.get_rank():
+        return UNREPORTED
+    exact = truth("centered")
+    whole = torch.cat([exact[name].flatten() for name in names])
+    directions = torch.randn(10, len(whole), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    errors = (torch.stack(draws) - whole) @ directions.t()
+    bias = errors.mean(0).abs() / (errors.std(0) / len(draws) ** 0.5)
+    return Result(bias.max().item(), 5.0, oracle.relative_error(draws[0], whole))
 
 
 def of_part(ids: Tensor, estimator: str) -> Gradients:
@@ -159,7 +208,7 @@ def by_trainer(layout: Layout, kind: str) -> Result:
     before = full({name: p.detach().clone() for name, p in model.named_parameters()})
     trainer(kind, model, len(share(layout))).train()
     after = full({name: p.detach() for name, p in model.named_parameters()})
-    return compare({name: (before[name] - after[name]) / STEP for name in before})
+    return UNREPORTED if dist.get_rank() else compare({name: (before[name] - after[name]) / STEP for name in before})
 
 
 def trainer(kind: str, model: Any, size: int) -> Trainer:
@@ -288,7 +337,9 @@ VARIATIONS: dict[str, Callable[[Layout], Any]] = {
     "Qwen2-MoE": functools.partial(plain, family="qwen2_moe"),
     "Mixtral": functools.partial(plain, family="mixtral"),
     "batches of different lengths": uneven,
+    "a hook on one rank": hooked,
     "bfloat16": half,
+    "budget": budget,
     "DENSEMIXER_ENABLED=1": by_environment,
     "Trainer": lambda layout: by_trainer(layout, "Trainer"),
     "SFTTrainer": lambda layout: by_trainer(layout, "SFTTrainer"),
