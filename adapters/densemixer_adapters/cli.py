@@ -209,7 +209,8 @@ def report(
         _say(
             f"densemixer report: {run_dir} has no router metrics. Switch them on for the next run with the option "
             "metrics: `densemixer: {metrics: true}` in LLaMA-Factory, DENSEMIXER_METRICS=1 with DENSEMIXER_ENABLED=1, "
-            "callbacks=[DenseMixerCallback()] for a Trainer, +...override_config.densemixer='{metrics: true}' in verl.",
+            "callbacks=[DenseMixerCallback()] for a Trainer, +...override_config.densemixer='{metrics: true}' in verl. "
+            "What Megatron-LM logs isn't read.",
             err=True,
         )
         raise typer.Exit(1)

@@ -13,6 +13,7 @@ import weakref
 from types import TracebackType
 from typing import Any
 
+from packaging.version import Version
 from torch import Tensor, nn
 
 from densemixer_adapters.announce import (
@@ -39,6 +40,9 @@ __all__ = [
     "attached_layers",
     "has_experts",
 ]
+
+OLDEST = "5.5.4"
+"""Of transformers, that the adapter works with."""
 
 
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
@@ -91,6 +95,7 @@ def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMix
             "Mixture-of-Experts layers and of LoRA by its own, which DenseMixer can't follow. Train without `import "
             "unsloth`, or switch DenseMixer off."
         )
+    _refuse_old_versions(model)
     layers = list(find_layers(model, config))
     if not layers:
         raise UnsupportedModelError(
@@ -100,6 +105,16 @@ def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMix
         )
     _make_way(model, layers)
     return DenseMixerHandle(model, layers)
+
+
+def _refuse_old_versions(model: nn.Module) -> None:
+    """Before 5.5.4, blocks and routers were others."""
+    version = getattr(sys.modules.get("transformers"), "__version__", OLDEST)
+    if Version(version) < Version(OLDEST):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: DenseMixer works with transformers {OLDEST} and newer, and this is {version}. "
+            f'pip install "transformers>={OLDEST}", or switch DenseMixer off.'
+        )
 
 
 def has_experts(model: nn.Module) -> bool:

@@ -77,7 +77,7 @@ def test_a_command_is_run_by_a_test_or_needs_gpus(block: Block) -> None:
 
 @each(BLOCKS, "bash")
 def test_shell_parses(block: Block) -> None:
-    text = block.text.replace("<this repository>", "REPOSITORY")
+    text = block.text
     done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
     assert done.returncode == 0, f"{block}: {done.stderr}"
 

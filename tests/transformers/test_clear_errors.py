@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from blocks import KINDS
 from families import FAMILIES
 from runs import gradients, loss_of
 from test_handle import traces
 from torch import nn
 
-from densemixer_adapters.transformers import apply_densemixer, attached_layers
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers
 from densemixer_core import DenseMixerConfig
 
 
@@ -156,3 +157,10 @@ def test_a_second_handle_leaves_the_first_alone(family: str) -> None:
         assert traces(model).keys() == before.keys()
         found = gradients(model)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["qwen3_moe"].build()
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    with pytest.raises(UnsupportedModelError, match=r"transformers 5.5.4 and newer, and this is 4.57.6\. pip install"):
+        apply_densemixer(model)
