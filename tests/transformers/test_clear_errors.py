@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-import transformers
 from blocks import KINDS
 from families import FAMILIES
 from runs import gradients, loss_of
@@ -161,6 +161,6 @@ def test_a_second_handle_leaves_the_first_alone(family: str) -> None:
 
 def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FAMILIES["qwen3_moe"].build()
-    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     with pytest.raises(UnsupportedModelError, match=r"transformers 5.5.4 and newer, and this is 4.57.6\. pip install"):
         apply_densemixer(model)
