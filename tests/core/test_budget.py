@@ -37,9 +37,9 @@ def test_the_mean_over_seeds_is_the_exact_gradient(case: Case, estimator: str) -
     layer = Layer(case)
     truth = layer.truth(estimator)["router"]
     draws = torch.stack([layer.ours(DenseMixerConfig(estimator, budget=0.3, seed=s))["router"] for s in range(200)])
-    error = oracle.relative_error(draws.mean(0), truth)
-    assert error < 0.1
-    assert oracle.relative_error(draws[0], truth) > 3 * error  # one draw is no more than an estimate
+    spread = (draws - truth).square().mean(0).sum().sqrt()
+    assert spread > 0.03 * truth.norm()  # one draw is no more than an estimate
+    assert (draws.mean(0) - truth).norm() < 0.12 * spread  # 0.07 is to be expected of 200 draws
     directions = torch.randn(*truth.shape, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = torch.einsum("seh,ehd->sd", draws - truth, directions)
     assert (errors.mean(0).abs() < 4 * errors.std(0) / len(draws) ** 0.5).all()
