@@ -57,8 +57,8 @@ class DenseMixerConfig:
             layers in their order, negative ones from the end, e.g. ``[0, 3, -1]``; or the same, or a Python slice, as
             a string: ``"0,3,-1"``, ``"-4:"`` for the last four, ``"::2"`` for every other one.
         budget: The share of the (token, unselected expert) pairs that are evaluated, above 0 and at most 1. Below 1 the
-            pairs are drawn by importance, so that the extra gradient is exact in the mean and costs that share, see
-            `densemixer_core.sampling`.
+            pairs are drawn by importance and the others estimated, so that the extra gradient is exact in the mean and
+            costs that share, see `densemixer_core.control`.
         seed: Chooses the draws for a budget below 1. The same seed and data give the same draws.
         metrics: Whether adapters report router metrics in the framework's log. The method itself doesn't look at it.
 

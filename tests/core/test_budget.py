@@ -37,9 +37,9 @@ def test_the_mean_over_seeds_is_the_exact_gradient(case: Case, estimator: str) -
     layer = Layer(case)
     truth = layer.truth(estimator)["router"]
     draws = torch.stack([layer.ours(DenseMixerConfig(estimator, budget=0.3, seed=s))["router"] for s in range(200)])
-    error = oracle.relative_error(draws.mean(0), truth)
-    assert error < 0.1
-    assert oracle.relative_error(draws[0], truth) > 3 * error  # one draw is no more than an estimate
+    spread = (draws - truth).square().mean(0).sum().sqrt()
+    assert spread > 0.03 * truth.norm()  # one draw is no more than an estimate
+    assert (draws.mean(0) - truth).norm() < 0.12 * spread  # 0.07 is to be expected of 200 draws
     directions = torch.randn(*truth.shape, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     errors = torch.einsum("seh,ehd->sd", draws - truth, directions)
     assert (errors.mean(0).abs() < 4 * errors.std(0) / len(draws) ** 0.5).all()
@@ -195,17 +195,14 @@ def test_draws_have_the_promised_probabilities(tokens: int, experts: int, share:
     assert pairs.ends.tolist() == torch.bincount(pairs.place // tokens, minlength=experts).cumsum(0).tolist()
 
 
-def test_the_offset_of_the_comb_is_uniform() -> None:
-    """Over seeds, and over data: 16 equally probable pairs of which one is drawn."""
+def test_the_offsets_of_the_combs_are_uniform() -> None:
+    """Over seeds, and over data: sixteenths of the line between 0 and 1."""
     ones = torch.ones(4, 4)
     for pairs_of_offsets in (
         [offsets(ones, seed) for seed in range(1600)],
         [offsets(ones + torch.eye(4) * step * 1e-6, 0) for step in range(1600)],
     ):
-        first, second = (
-            torch.cat([draw_pairs(ones, 1, offset).place for offset in some])
-            for some in zip(*pairs_of_offsets, strict=True)
-        )
+        first, second = ((torch.stack(some) * 16).long() for some in zip(*pairs_of_offsets, strict=True))
         for places in (first, second, first // 4 * 4 + second // 4):  # each, and whether they depend on each other
             counts = torch.bincount(places, minlength=16)
             assert ((counts - 100).square() / 100).sum() < 37.7  # χ² with 15 degrees of freedom, 99.9 %
