@@ -128,7 +128,7 @@ def known_model_types() -> set[str]:
 def patch_modeling_utils(module: Any) -> None:
     """Attach to each model that ``PreTrainedModel`` loads, as the last step of its loading."""
     for name in ("from_pretrained", "_from_config"):
-        wrap(module.PreTrainedModel, name, classmethod)(_load_and_attach)
+        wrap(module.PreTrainedModel, name)(_load_and_attach)
 
 
 def _load_and_attach(load: Any, cls: type, *args: Any, **kwargs: Any) -> Any:

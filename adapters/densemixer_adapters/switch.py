@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,16 +51,16 @@ def quotes(value: object) -> str:
     return f"; write {word}, without quotes" if word else ""
 
 
-def wrap(owner: Any, name: str, kind: Callable[[Any], Any] = lambda function: function) -> Callable[[Any], Any]:
+def wrap(owner: Any, name: str) -> Callable[[Any], Any]:
     """A decorator that puts a function in the place of a host's, which it is given as its first argument.
 
     Args:
         owner: The module or class that the host's function belongs to.
-        name: The function's name there.
-        kind: `staticmethod` or `classmethod` for such a method of a class.
+        name: The function's name there. A class method stays one, and so does a static one.
     """
-    original = getattr(owner, name)
-    original = getattr(original, "__func__", original)
+    found = inspect.getattr_static(owner, name)
+    kind = type(found) if isinstance(found, classmethod | staticmethod) else None
+    original: Any = getattr(owner, name) if kind is None else found.__func__
 
     def decorate(function: Callable[..., Any]) -> Any:
         @functools.wraps(original)
@@ -67,7 +68,7 @@ def wrap(owner: Any, name: str, kind: Callable[[Any], Any] = lambda function: fu
             return function(original, *args, **kwargs)
 
         wrapped.densemixer = True  # type: ignore[attr-defined]
-        setattr(owner, name, kind(wrapped))
+        setattr(owner, name, wrapped if kind is None else kind(wrapped))
         return wrapped
 
     return decorate

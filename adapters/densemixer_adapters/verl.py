@@ -102,8 +102,8 @@ def patch_model_config(module: Any) -> None:
 def patch_engine_registry(module: Any) -> None:
     """Refuse engines that we don't serve, before they are built."""
 
-    @wrap(module.EngineRegistry, "new", staticmethod)
-    def new(original: Any, model_type: str, backend: str, *args: Any, **kwargs: Any) -> Any:
+    @wrap(module.EngineRegistry, "new")
+    def new(original: Any, cls: type, model_type: str, backend: str, *args: Any, **kwargs: Any) -> Any:
         model, engine = kwargs.get("model_config"), kwargs.get("engine_config")
         wanted = model is not None and engine is not None and not engine.forward_only and _options(model)
         if wanted and backend not in ENGINES:
@@ -116,7 +116,7 @@ def patch_engine_registry(module: Any) -> None:
                 f"{SWITCH}: verl's engine {backend!r} is not supported, only {' and '.join(ENGINES)} and megatron. "
                 f"Either set strategy=fsdp2 for this role, or drop {SWITCH}."
             )
-        return original(model_type, backend, *args, **kwargs)
+        return original(cls, model_type, backend, *args, **kwargs)
 
 
 def patch_fsdp_engine(module: Any) -> None:
