@@ -52,7 +52,7 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
     """Fit the control by least squares to the pilot's inner products over ‖g‖, in which all pairs count the same.
 
     An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as
-    by `_PAIRS_FOR_BETA`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the
+    by `_PAIRS_FOR_BETA`; that one and γ towards 0 as by `_PAIRS_FOR_ZERO`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the
     mean would seem better than it is.
 
     Args:
@@ -75,12 +75,12 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
         torch.where(counts, (along / norm).nan_to_num(0.0, 0.0, 0.0), 0.0)
         for along in (dots, along[token], along_own, along_others)
     )
-    # Each fit sees one more pair, which is zero, of usual size. Of `own`: `others` may be nothing but rounding.
+    # Each fit sees some more pairs, which are zero, of usual size. Of `own`: `others` may be nothing but rounding.
     one, one_of_mean = (along.square().sum() / counts.sum().clamp(min=1) for along in (output, own))
     apart = others - _slope(others, output, one) * output
-    gamma = _slope(target, apart, one_of_mean)
+    gamma = _slope(target, apart, _PAIRS_FOR_ZERO * one_of_mean)
     rest = target - gamma * others
-    beta = _slope(rest, output, one)
+    beta = _slope(rest, output, _PAIRS_FOR_ZERO * one)
     above, below = sums.new_zeros(2, len(ends)).index_add_(1, expert, torch.stack([output * rest, output.square()]))
     more = _PAIRS_FOR_BETA * one + torch.finfo(dots.dtype).tiny
     betas = (above + more * beta) / (below + more)
@@ -93,5 +93,6 @@ def _slope(of: Tensor, by: Tensor, more: Tensor) -> Tensor:
     return (of * by).sum() / (by.square().sum() + more + torch.finfo(by.dtype).tiny)
 
 
+_PAIRS_FOR_ZERO = 4
 _PAIRS_FOR_MEAN = 4
 _PAIRS_FOR_BETA = 16
