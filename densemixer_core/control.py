@@ -28,10 +28,13 @@ class Known(NamedTuple):
     Attributes:
         sensitivity: How much the inner product of each pair matters, [tokens, experts]; pairs with zero are left out.
         along: ⟨g, y⟩/Σ_selected w, [tokens, 1]; zero where that isn't finite.
+        prior: The β that counts where a pilot says nothing: 1 for an estimator that takes ``along`` away from the inner
+            products, 0 for others.
     """
 
     sensitivity: Tensor
     along: Tensor
+    prior: float = 0.0
 
 
 class Pilot(NamedTuple):
@@ -48,16 +51,17 @@ class Pilot(NamedTuple):
     sums: Tensor
 
 
-def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
+def fit(pilot: Pilot, g: Tensor, along: Tensor, prior: float) -> tuple[Tensor, Tensor]:
     """Fit the control by least squares to the pilot's inner products over ‖g‖, in which all pairs count the same.
 
     An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as
-    by `_PAIRS_FOR_BETA`; that one and γ towards 0 as by `_PAIRS_FOR_ZERO`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the
-    mean would seem better than it is.
+    by `_PAIRS_FOR_BETA`; that one towards ``prior`` and γ towards 0 as by `_PAIRS_FOR_PRIOR`. What a pair gave to its
+    expert's mean is taken out where that pair is predicted: or else the mean would seem better than it is.
 
     Args:
         g: The gradient of the experts' output, [tokens, hidden].
         along: ⟨g, y⟩/Σ_selected w, [tokens].
+        prior: See `Known`.
 
     Returns:
         The control, [experts, tokens], and what it leaves of the pilot's inner products over ‖g‖, [pairs].
@@ -75,16 +79,17 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
         torch.where(counts, (along / norm).nan_to_num(0.0, 0.0, 0.0), 0.0)
         for along in (dots, along[token], along_own, along_others)
     )
+    target = target - prior * output  # the β that are fitted come on top of it
     # Each fit sees some more pairs, which are zero, of usual size. Of `own`: `others` may be nothing but rounding.
     one, one_of_mean = (along.square().sum() / counts.sum().clamp(min=1) for along in (output, own))
     apart = others - _slope(others, output, one) * output
-    gamma = _slope(target, apart, _PAIRS_FOR_ZERO * one_of_mean)
+    gamma = _slope(target, apart, _PAIRS_FOR_PRIOR * one_of_mean)
     rest = target - gamma * others
-    beta = _slope(rest, output, _PAIRS_FOR_ZERO * one)
+    beta = _slope(rest, output, _PAIRS_FOR_PRIOR * one)
     above, below = sums.new_zeros(2, len(ends)).index_add_(1, expert, torch.stack([output * rest, output.square()]))
     more = _PAIRS_FOR_BETA * one + torch.finfo(dots.dtype).tiny
     betas = (above + more * beta) / (below + more)
-    control = torch.outer(betas, along) + gamma * along_mean
+    control = torch.outer(betas + prior, along) + gamma * along_mean
     return control.nan_to_num(0.0, 0.0, 0.0), rest - betas[expert] * output
 
 
@@ -93,6 +98,6 @@ def _slope(of: Tensor, by: Tensor, more: Tensor) -> Tensor:
     return (of * by).sum() / (by.square().sum() + more + torch.finfo(by.dtype).tiny)
 
 
-_PAIRS_FOR_ZERO = 4
+_PAIRS_FOR_PRIOR = 4
 _PAIRS_FOR_MEAN = 4
 _PAIRS_FOR_BETA = 16

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from densemixer_core import products
 from densemixer_core.control import Known, Pilot, fit
 from densemixer_core.kernel import fused
-from densemixer_core.products import affine, oriented, room_for_dots, row_dots, row_outputs, scaled, temporary_bytes
+from densemixer_core.products import affine, oriented, room_for_dots, row_dots, row_outputs, temporary_bytes
 from densemixer_core.sampling import Pairs, draw_pairs, offsets, typical_size
 from densemixer_core.weights import StackedExperts
 
@@ -62,7 +62,8 @@ def sampled_dots(
 
     The rows of a pair are gathered, and all pairs go through one grouped matrix product for each projection. A few of
     the pairs are a pilot: they tell how large the inner products of each expert are, and how much of them is known
-    beforehand, see `control`. Experts without weights cost nothing, so all their pairs are exact, on top of ``count``.
+    beforehand, see `control`. Their own inner products are exact then, so the others are drawn from the rest. Experts
+    without weights cost nothing, so all their pairs are exact, on top of ``count``.
 
     Args:
         x: As in `expert_dots`, and so are ``g``, ``experts`` and ``dtype``.
@@ -70,7 +71,7 @@ def sampled_dots(
         count: How many pairs are evaluated.
         seed: Chooses the draws, see `sampling.offsets`.
         workspace_bytes: Upper bound on the temporaries; the pairs are split to stay below it. A copy of the weights in
-            another dtype comes on top.
+            another dtype comes on top, and some 40 bytes for each pair of a token and an expert while they are drawn.
 
     Returns:
         [tokens, experts], float32 or float64; on average over draws `expert_dots`, where the sensitivity isn't zero.
@@ -96,29 +97,39 @@ def sampled_dots(
             yield expert, token, (up, down, up_bias, down_bias, layout, grouped)
             start += len(place)
 
+    scale = dots.new_ones(stacked) if weights.scale is None else weights.scale.to(dots.dtype)
+
     def evaluate(pairs: Pairs) -> Tensor:
-        return torch.cat([row_dots(x[token], g[token], *how) for _, token, how in split(pairs)])
+        return torch.cat([row_dots(x[token], g[token], *how) * scale[expert] for expert, token, how in split(pairs)])
 
     def evaluate_outputs(pairs: Pairs) -> Pilot:
         sums, parts = dots.new_zeros(stacked, x.shape[1]), []
         for expert, token, how in split(pairs):
             outputs = row_outputs(x[token], *how)
-            parts.append(torch.sum(outputs * g[token], -1, dtype=dots.dtype))
+            parts.append(torch.sum(outputs * g[token], -1, dtype=dots.dtype) * scale[expert])
             sums.index_add_(0, expert, outputs.to(dots.dtype))
-        return Pilot(pairs, torch.cat(parts), sums)
+        return Pilot(pairs, torch.cat(parts), sums * scale.unsqueeze(1))
 
     norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)
-    importance = known.sensitivity[:, :stacked] * norm.unsqueeze(1)
+    # A token without numbers must not take the draw from the others.
+    importance = (known.sensitivity[:, :stacked] * norm.unsqueeze(1)).nan_to_num(0.0, 0.0, 0.0)
     # Of what doesn't depend on the pilot: on a GPU its sums differ in their rounding from run to run.
     offset, next_offset = offsets(importance, seed)
+    along = known.along.squeeze(1).to(dots.dtype)
     if pilots := count // PAIRS_PER_PILOT:
         pairs = draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset)
-        dots[:stacked], rest = fit(evaluate_outputs(pairs), g, known.along.squeeze(1).to(dots.dtype))
+        pilot = evaluate_outputs(pairs)
+        dots[:stacked], rest = fit(pilot, g, along, known.prior)
+        dots.view(-1)[pairs.place] = pilot.dots
         importance = importance * typical_size(rest, pairs, tokens).to(importance.dtype)
+        importance = importance.t().reshape(-1).index_fill(0, pairs.place, 0.0).view(stacked, tokens).t()
+    else:
+        dots[:stacked] = known.prior * along
+        importance = importance * scale.abs().to(importance.dtype)
     pairs = draw_pairs(importance, count - pilots, next_offset)
     rest = (evaluate(pairs) - dots.view(-1)[pairs.place]) * pairs.factor.to(dots.dtype)
     dots.view(-1).index_add_(0, pairs.place, torch.where(pairs.factor > 0, rest, 0))
-    return scaled(dots, weights.scale).t()
+    return dots.t()
 
 
 PAIRS_PER_PILOT = 10

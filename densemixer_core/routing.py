@@ -43,8 +43,13 @@ def score_sensitivity(scores: Tensor, score: str) -> Tensor:
     """‖gradient of the logits‖ for a gradient of 1 at one of the scores; [tokens, experts]."""
     if score == "softmax":
         # Of the logits, z_i receives −p_i·p_j for i ≠ j, and z_j receives p_j·(1 − p_j).
-        squares = scores.square().sum(-1, keepdim=True)
-        return scores * (1 - 2 * scores + squares).clamp(min=0).sqrt()
+        # The largest score apart: 1 − p is then what the others sum to, which beside 1 would vanish in rounding.
+        top = scores.argmax(-1, keepdim=True)
+        rest = scores.scatter(-1, top, 0.0)
+        away = (1 - scores).scatter(-1, top, rest.sum(-1, keepdim=True))
+        squares = rest.square().sum(-1, keepdim=True)
+        others = squares - rest.square() + scores.gather(-1, top).square()
+        return scores * (away.square() + others.scatter(-1, top, squares)).sqrt()
     return _slope(scores, score)
 
 

@@ -145,7 +145,8 @@ class _Stacked:
         experts = StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
         if known is None:
             return expert_dots(x, g, experts, self.dtype, workspace)
-        count = share_of_pairs(len(x) * (known.sensitivity.shape[-1] - selected), config.budget)
+        scored, stacked = known.sensitivity.shape[-1], len(experts.weights.down)
+        count = share_of_pairs(len(x) * stacked * (scored - selected) // scored, config.budget)
         return sampled_dots(x, g, known, count, config.seed, experts, self.dtype, workspace)
 
 
@@ -228,7 +229,7 @@ def _extra_gradient(g: Tensor, saved: tuple[Any, ...], call: _Call) -> Tensor:
     if call.config.budget < 1:
         sensitivity = (score_sensitivity(scores, call.score) * factor).scatter(-1, index, 0.0)
         mean = _mean_of_output(rows, y_or_selected, factor * total)
-        known = Known(sensitivity, mean.nan_to_num(0.0, 0.0, 0.0))
+        known = Known(sensitivity, mean.nan_to_num(0.0, 0.0, 0.0), float(call.centered))
     if isinstance(how, _Stacked):
         if how.versions is not None and how.versions != _versions(how.kept) and call.listener is not None:
             call.listener.experts_written_to()
@@ -248,7 +249,10 @@ def _extra_gradient(g: Tensor, saved: tuple[Any, ...], call: _Call) -> Tensor:
 
 def _mean_of_output(g: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """⟨g, y⟩/Σ_selected w, [tokens, 1], from that sum; zero where all weights are zero."""
-    along = torch.sum(g * y.reshape(g.shape), -1, True, dtype=weights.dtype)
+    y = y.reshape(g.shape)
+    if g.dtype == torch.float16:  # whose products may be below its range
+        g, y = g.to(weights.dtype), y.to(weights.dtype)
+    along = torch.sum(g * y, -1, True, dtype=weights.dtype)
     return torch.where(weights == 0, 0.0, along / weights)
 
 

@@ -52,6 +52,7 @@ def gathered_dots(
     seed: int,
     workspace_bytes: int,
     shared: int = 1,
+    scored: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """⟨g_t, E_j(x_t)⟩ for this rank's tokens and the experts of all ranks. Collective.
@@ -63,13 +64,14 @@ def gathered_dots(
         known: As in `densemixer_core.sampled_dots`, of all experts; None for a budget of 1.
         experts: This rank's experts, or its part of them.
         indices: Their positions among all experts, one after the other.
-        count: The number of all experts.
-        selected: How many of them a token goes through.
+        count: The number of all experts with weights.
+        selected: How many experts a token goes through.
         group: The ranks that the experts are spread over; the same number of experts, or parts, on each.
         budget, seed: As in `densemixer_core.DenseMixerConfig`.
         workspace_bytes: Upper bound on temporaries: half of it for what is gathered, half for the experts; all of it
             for these where nothing is gathered.
         shared: How many ranks, one after the other in the group, have the same tokens. It divides their number.
+        scored: The number of all experts, by default those with weights.
         dtype: As in `densemixer_core.expert_dots`.
 
     Returns:
@@ -86,12 +88,17 @@ def gathered_dots(
         """Our experts alone; ``known`` is of theirs, ``tokens`` the number of rows that aren't there to fill up."""
         if known is None:
             return torch.cat([expert_dots(x, g, some, dtype, own) for some in experts], 1)
-        drawn = share_of_pairs(tokens * (count - selected) * held // count, budget)
+        every = scored or count
+        drawn = share_of_pairs(tokens * held * (every - selected) // every, budget)
         return sampled_dots(x, g, known, drawn, seed, _stack(experts), dtype, own)
+
+    def prior(known: Known) -> float:
+        """Of an expert, or of its part."""
+        return known.prior * count / (ranks * held)
 
     if ranks == shared:
         if known is not None:
-            known = known._replace(sensitivity=known.sensitivity[:, indices[0] : indices[-1] + 1])
+            known = Known(known.sensitivity[:, indices[0] : indices[-1] + 1], known.along, prior(known))
         return _joined(evaluate(x, g, known, len(x)), count, in_parts, group)
     told = torch.empty(2 * ranks, dtype=torch.int64, device=x.device)
     dist.all_gather_into_tensor(told, told.new_tensor([len(x), indices[0]]), group=group)
@@ -112,7 +119,7 @@ def gathered_dots(
         theirs = None
         if known is not None:
             sensitivity = known.sensitivity[mine][start : start + step][:, columns]
-            theirs = Known(_handed_out(sensitivity, step, group), gather(known.along, start))
+            theirs = Known(_handed_out(sensitivity, step, group), gather(known.along, start), prior(known))
         tokens = sum(
             min(max(min(rows, length - position % shared * rows) - start, 0), step)
             for position, (rows, length) in enumerate(zip(slices, lengths, strict=True))
@@ -203,6 +210,7 @@ class Spread:
             seed=config.seed,
             workspace_bytes=config.workspace_mb << 20,
             shared=self.shared,
+            scored=self.count + experts.layout.identities + experts.layout.zeros,
             dtype=dtype,
         )
         identities, zeros = experts.layout.identities, experts.layout.zeros
