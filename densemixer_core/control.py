@@ -52,8 +52,8 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor) -> tuple[Tensor, Tensor]:
     """Fit the control by least squares to the pilot's inner products over ‖g‖, in which all pairs count the same.
 
     An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as
-    by `_PAIRS_FOR_BETA`; that one and γ towards 0 as by `_PAIRS_FOR_ZERO`. What a pair gave to its expert's mean is taken out where that pair is predicted: or else the
-    mean would seem better than it is.
+    by `_PAIRS_FOR_BETA`; that one and γ towards 0 as by `_PAIRS_FOR_ZERO`. What a pair gave to its expert's mean is
+    taken out where that pair is predicted: or else the mean would seem better than it is.
 
     Args:
         g: The gradient of the experts' output, [tokens, hidden].
