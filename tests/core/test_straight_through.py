@@ -158,9 +158,9 @@ def test_a_function_is_called_without_tokens_too() -> None:
     layer = Layer(Case(tokens=0))
     calls = []
 
-    def evaluate(x: torch.Tensor, g: torch.Tensor, sensitivity: torch.Tensor | None) -> tuple[torch.Tensor, None]:
+    def evaluate(x: torch.Tensor, g: torch.Tensor, known: Known | None) -> torch.Tensor:
         calls.append(x.shape)
-        return g.new_zeros(0, layer.case.scored), None
+        return g.new_zeros(0, layer.case.scored)
 
     output, scores, weights = layer.host()
     through = straight_through(

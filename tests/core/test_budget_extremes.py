@@ -1,0 +1,118 @@
+"""A budget below 1 where something is extreme: scores, scales, numbers beyond float16, equal experts, few pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import oracle
+import pytest
+import torch
+from layers import Case, Layer
+
+from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, sampled_dots, straight_through
+from densemixer_core.routing import score_sensitivity
+
+
+@pytest.mark.parametrize("gap", [0.0, 4.0, 9.0, 12.0, 25.0])
+def test_the_sensitivity_of_a_score_near_one(gap: float) -> None:
+    """1 − p, which an expert that is shut out in spite of its score lives on, isn't lost in rounding."""
+    logits = torch.randn(64, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] += gap
+    p = logits.softmax(1)
+    others = p.unsqueeze(1) * (1 - torch.eye(8))  # of each expert, those of all others
+    exact = p * (others.sum(2).square() + others.square().sum(2)).sqrt()
+    found = score_sensitivity(logits.float().softmax(1), "softmax")
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("budget", [0.125, 0.5, 0.9])
+@pytest.mark.parametrize("free", [4, 12])
+def test_experts_without_weights_take_nothing_of_the_budget(free: int, budget: float) -> None:
+    layer = Layer(Case(40, experts=4, k=2, identities=free))
+    rows = []
+
+    def activation(up: torch.Tensor) -> torch.Tensor:
+        rows.append(len(up))
+        return layout.activation(up)
+
+    layout = layer.layout
+    layer.layout = dataclasses.replace(layout, activation=activation)
+    layer.ours(DenseMixerConfig(budget=budget))
+    unselected = 40 * 4 * (4 + free - 2) // (4 + free)
+    assert sum(rows) == round(budget * unselected)
+
+
+@pytest.mark.parametrize("tokens", [4, 64])
+def test_centered_is_exact_where_all_experts_are_one(tokens: int) -> None:
+    """d is ⟨g, y⟩/Σw for all of them: nothing is left to chance, with a pilot and without."""
+    layer = Layer(Case(tokens, experts=8, k=2))
+    with torch.no_grad():
+        for weight in layer.weights[:2]:
+            weight[:] = weight[:1].clone()
+    extra = layer.ours(DenseMixerConfig("centered", budget=0.125))["router"] - layer.truth("conventional")["router"]
+    whole = layer.truth("densemixer")["router"] - layer.truth("conventional")["router"]
+    assert extra.norm() < 1e-9 * whole.norm()
+
+
+@pytest.mark.parametrize("estimator", ["densemixer", "centered"])
+def test_nearly_all_pairs_are_nearly_exact(estimator: str) -> None:
+    layer = Layer(Case(128, experts=8, k=2))
+    truth = layer.truth(estimator)["router"]
+    errors = [
+        oracle.relative_error(layer.ours(DenseMixerConfig(estimator, budget=0.99, seed=seed))["router"], truth)
+        for seed in range(5)
+    ]
+    assert max(errors) < 0.05
+
+
+@pytest.mark.parametrize("count", [8, 120])
+def test_a_large_scale_counts_in_the_draw(count: int) -> None:
+    """As if it were in the weights, where it is drawn for."""
+    case = Case(60, experts=16, k=2, scale=True)
+    layer = Layer(case)
+    with torch.no_grad():
+        layer.weights.scale.copy_(torch.ones(16))
+        layer.weights.scale[5] = 10
+        folded = layer.weights._replace(down=layer.weights.down * layer.weights.scale[:, None, None], scale=None)
+        known = Known(torch.ones(60, 16), torch.zeros(60, 1))
+        exact = expert_dots(layer.x, layer.g, StackedExperts(layer.weights, layer.layout))
+        errors = [
+            torch.stack(
+                [
+                    sampled_dots(layer.x, layer.g, known, count, seed, StackedExperts(weights, layer.layout)) - exact
+                    for seed in range(60)
+                ]
+            )
+            .square()
+            .mean()
+            .sqrt()
+            for weights in (layer.weights, folded)
+        ]
+    # Without a pilot nothing says how large an expert is but its scale.
+    assert errors[0] < 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("estimator", ["densemixer", "centered"])
+def test_a_token_beyond_float16_leaves_the_draw_to_the_others(estimator: str) -> None:
+    layer = Layer(Case(48, experts=8, k=2), torch.float32)
+    layer.g[7, 0] = 1e5
+    output, scores, weights = layer.host()
+    half = type(layer.weights)(*(None if w is None else w.detach().half() for w in layer.weights))
+
+    def extra(budget: float) -> torch.Tensor:
+        leaf = scores.detach().requires_grad_()
+        through = straight_through(
+            output.detach(),
+            leaf,
+            x=layer.x.detach().half(),
+            index=layer.index,
+            weights=weights.detach(),
+            experts=StackedExperts(half, layer.layout),
+            score="softmax",
+            renormalised=True,
+            config=DenseMixerConfig(estimator, budget=budget),
+        )
+        (gradient,) = torch.autograd.grad(through, leaf, layer.g)
+        return torch.cat([gradient[:7], gradient[8:]])
+
+    assert (extra(0.99) - extra(1.0)).norm() < 0.1 * extra(1.0).norm()
