@@ -14,4 +14,5 @@ LARGE = dict(
     num_experts_per_tok=8,
     norm_topk_prob=True,
     tie_word_embeddings=False,
+    dtype="bfloat16",
 )
