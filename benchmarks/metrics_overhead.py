@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.metrics.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import apply_densemixer
 
 SETTINGS = ("off", "on, a step that isn't logged", "on, a step that is logged")

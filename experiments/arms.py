@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from densemixer_adapters.metrics import RouterMeter
+from densemixer_adapters.metrics.gradients import RouterMeter
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 

@@ -20,7 +20,7 @@ from statements import Statements
 from tasks import Task
 from transformers import get_cosine_schedule_with_warmup
 
-from densemixer_adapters.metric_names import NORM, SHARE
+from densemixer_adapters.metrics.names import NORM, SHARE
 
 EVALUATIONS = 5  # of the validation split on the way, besides the one before the first step
 

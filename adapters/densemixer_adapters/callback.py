@@ -17,11 +17,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from densemixer_adapters.metric_names import PREFIX
-from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
+from densemixer_adapters.metrics.names import PREFIX
+from densemixer_adapters.metrics.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
+from densemixer_adapters.metrics.verdict import judge
 from densemixer_adapters.switch import is_wrapped, wrap
 from densemixer_adapters.transformers import attached_layers
-from densemixer_adapters.verdict import judge
 
 logger = logging.getLogger("densemixer")
 

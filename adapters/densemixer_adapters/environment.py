@@ -31,11 +31,11 @@ from typing import Any
 from torch import nn
 
 from densemixer_adapters._boot import ENABLED
-from densemixer_adapters.announce import announce, describe, show_log
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.switch import wrap
 from densemixer_adapters.transformers import UnsupportedModelError, has_experts
 from densemixer_adapters.transformers import attach as attach_densemixer
+from densemixer_adapters.transformers.announce import announce, describe, show_log
 from densemixer_core import DenseMixerConfig
 from densemixer_core.config import ENVIRONMENT_PREFIX, did_you_mean, read_flag
 

@@ -20,11 +20,11 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters.announce import describe
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.environment import left_alone
 from densemixer_adapters.switch import is_wrapped, quotes, read_options, wrap
 from densemixer_adapters.transformers import DenseMixerHandle, UnsupportedModelError, attach, attached_handle
+from densemixer_adapters.transformers.announce import describe
 from densemixer_core import DenseMixerConfig
 
 

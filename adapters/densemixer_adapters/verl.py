@@ -23,14 +23,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from densemixer_adapters import _boot
-from densemixer_adapters.announce import describe
 from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.megatron import attached as attached_to_megatron
 from densemixer_adapters.megatron import wants_metrics
-from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
+from densemixer_adapters.metrics.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
 from densemixer_adapters.switch import read_switch, wrap
 from densemixer_adapters.transformers import attach, attached_handle
+from densemixer_adapters.transformers.announce import describe
 from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"

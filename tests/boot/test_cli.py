@@ -10,7 +10,7 @@ import packaging
 import pytest
 from installs import Environment
 
-from densemixer_adapters.doctor import Check, check_environment
+from densemixer_adapters.cli.doctor import Check, check_environment
 
 pytest.importorskip("typer", reason="needs typer, which the package requires; install it with pip")
 
@@ -217,7 +217,7 @@ def test_setup_says_why_it_cannot(own_target: Environment) -> None:
     borrowed = f"{path}:{(own_target.packages / 'zz_borrowed.pth').read_text().strip()}"
     assert "python -S runs no .pth files" in refusal("-S", PYTHONPATH=borrowed)
     assert "DENSEMIXER_BOOT=0 switches the hook off; unset it" in refusal(DENSEMIXER_BOOT="0")
-    code = f"import sys; sys.path.insert(0, {path!r}); from densemixer_adapters.cli import app; app(['setup'])"
+    code = f"import sys; sys.path.insert(0, {path!r}); from densemixer_adapters.cli.app import app; app(['setup'])"
     done = own_target.run(own_target.python, "-c", code)
     assert (done.returncode, sorted(own_target.packages.iterdir())) == (1, before)
     assert f"a new Python process didn't run the hook, so the file is deleted again. Put {path} on" in done.stderr
@@ -295,6 +295,6 @@ def test_version(full: Environment) -> None:
 
 def test_values_cannot_be_checked_without_torch(bare: Environment, tmp_path: Path) -> None:
     (tmp_path / "packaging").symlink_to(Path(packaging.__file__).parent)
-    code = "import os; from densemixer_adapters import doctor; print(*doctor.check_environment(os.environ))"
+    code = "import os; from densemixer_adapters.cli import doctor; print(*doctor.check_environment(os.environ))"
     done = bare.run(bare.python, "-c", code, PYTHONPATH=str(tmp_path), DENSEMIXER_BUDGET="2")
     assert "DENSEMIXER_BUDGET: can't be checked (No module named 'torch')" in done.stdout, done.stderr

@@ -129,7 +129,7 @@ def test_sessions_are_there() -> None:
 
 
 def test_subcommands_are_there() -> None:
-    commands = functions(PACKAGES["densemixer_adapters"] / "densemixer_adapters" / "cli.py")
+    commands = functions(PACKAGES["densemixer_adapters"] / "densemixer_adapters" / "cli" / "app.py")
     for page, command in everything_named(r"^densemixer ([a-z]\w*)"):
         assert command in commands, f"{page}: densemixer {command}"
 

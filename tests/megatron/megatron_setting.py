@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.megatron import enable
-from densemixer_adapters.megatron_layer import read_experts
+from densemixer_adapters.megatron.layer import read_experts
 from densemixer_core import DenseMixerConfig
 
 EXPERTS, K, HIDDEN, FFN, LATENT = 8, 2, 16, 8, 12

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron_setting import CASES, SPREAD_CASES, config
 
 from densemixer_adapters.megatron import FLAG
-from densemixer_adapters.megatron_refuse import REFUSED
+from densemixer_adapters.megatron.refuse import REFUSED
 
 PAGE = (Path(__file__).parents[2] / "docs" / "megatron-options.md").read_text(encoding="utf-8")
 VERSIONS = ("0.16.1", "0.19.2")

@@ -21,10 +21,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, run
 from torch import nn
 
-from densemixer_adapters.doctor import examine
+from densemixer_adapters.cli.doctor import examine
 from densemixer_adapters.megatron import MegatronHandle, attached, enable, patch_transformer_config, read_flag
-from densemixer_adapters.megatron_layer import MegatronLayer
-from densemixer_adapters.megatron_positions import Selection, moe_layer_numbers
+from densemixer_adapters.megatron.layer import MegatronLayer
+from densemixer_adapters.megatron.positions import Selection, moe_layer_numbers
 from densemixer_adapters.transformers import UnsupportedModelError
 from densemixer_core import DenseMixerConfig, RoutingMismatchError
 

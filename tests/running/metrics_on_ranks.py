@@ -24,7 +24,7 @@ from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config, z
 
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.router_metrics import RouterMetrics, UnmeasuredError
+from densemixer_adapters.metrics.router_metrics import RouterMetrics, UnmeasuredError
 from densemixer_adapters.transformers import DenseMixerHandle, apply_densemixer
 
 RATE = 0.5

@@ -49,9 +49,9 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from densemixer_adapters._boot import ENABLED
-from densemixer_adapters.checks import OutputMismatchError
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.metrics.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers
+from densemixer_adapters.transformers.checks import OutputMismatchError
 from densemixer_core import DenseMixerConfig
 
 STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away

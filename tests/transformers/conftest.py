@@ -21,7 +21,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the configuration of Qwen3-30B-A3B. Its model takes seconds to build, so it is built once."""
     import transformers
 
-    from densemixer_adapters import inspection
+    from densemixer_adapters.cli import inspection
 
     folder = tmp_path_factory.mktemp("hub") / "Qwen" / "Qwen3-30B-A3B"
     transformers.Qwen3MoeConfig(**LARGE).save_pretrained(folder)

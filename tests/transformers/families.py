@@ -1,6 +1,7 @@
 """Tiny random models of each supported family, and what the oracle needs to know about their layers.
 
-The formulas here are written down from the papers and model cards, independently of `densemixer_adapters.routers`.
+The formulas here are written down from the papers and model cards, independently of
+`densemixer_adapters.transformers.routers`.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import architectures
 import torch
 from torch import Tensor, nn
 
-from densemixer_adapters.routers import Router, router_of
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
+from densemixer_adapters.transformers.routers import Router, router_of
 
 
 def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

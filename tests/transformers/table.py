@@ -19,7 +19,7 @@ import architectures
 import sweep
 import transformers
 
-from densemixer_adapters.routers import Router
+from densemixer_adapters.transformers.routers import Router
 
 HEADER = "| Router's score | Weights | Architectures |\n|---|---|---|"
 

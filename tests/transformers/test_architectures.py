@@ -13,9 +13,8 @@ from formulas import FORMULAS, Formula, dense
 from sweep import refusal, step
 from torch import nn
 
-from densemixer_adapters import routers
-from densemixer_adapters.host_experts import STACKED_WITHOUT_DECORATOR
-from densemixer_adapters.transformers import apply_densemixer
+from densemixer_adapters.transformers import apply_densemixer, routers
+from densemixer_adapters.transformers.experts import STACKED_WITHOUT_DECORATOR
 from densemixer_core import DenseMixerConfig
 
 # What DenseMixer must say of an architecture that it refuses, in every version of transformers that has it.

@@ -14,7 +14,7 @@ import typer.main
 from pages import COMMANDS, Block
 from typer.testing import CliRunner
 
-from densemixer_adapters.cli import app
+from densemixer_adapters.cli.app import app
 
 OURS = [block for block in COMMANDS if any(line.startswith("densemixer ") for line in block.commands())]
 

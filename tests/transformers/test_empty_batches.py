@@ -13,7 +13,7 @@ from formulas import FORMULAS, dense
 from single import Single, assert_close, run, tokens
 from torch import Tensor, nn
 
-from densemixer_adapters.metrics import RouterMeter
+from densemixer_adapters.metrics.gradients import RouterMeter
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 

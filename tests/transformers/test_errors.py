@@ -12,8 +12,7 @@ from families import COMMON, FAMILIES
 from runs import gradients, loss_of
 from torch import nn
 
-from densemixer_adapters import routers
-from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, routers
 from densemixer_core import RoutingMismatchError
 
 

@@ -15,7 +15,7 @@ from formulas import FORMULAS
 from single import Single, run, tokens
 from torch import Tensor
 
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.metrics.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 

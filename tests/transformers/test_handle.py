@@ -13,7 +13,7 @@ from families import FAMILIES
 from runs import gradients
 from torch import nn
 
-from densemixer_adapters.inspection import estimate
+from densemixer_adapters.cli.inspection import estimate
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 

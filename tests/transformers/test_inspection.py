@@ -17,9 +17,9 @@ from runs import loss_of
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from densemixer_adapters import inspection
-from densemixer_adapters.cli import app
-from densemixer_adapters.inspection import estimate, inspect_model
+from densemixer_adapters.cli import inspection
+from densemixer_adapters.cli.app import app
+from densemixer_adapters.cli.inspection import estimate, inspect_model
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig
 

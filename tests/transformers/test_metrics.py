@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from densemixer_adapters.callback import DenseMixerCallback, patch_trainer
-from densemixer_adapters.metrics import RouterMeter, named
-from densemixer_adapters.probe import Probe
-from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.metrics.drift import Probe
+from densemixer_adapters.metrics.gradients import RouterMeter, named
+from densemixer_adapters.metrics.lost_updates import LostUpdates
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers
 from densemixer_core import DenseMixerConfig
 

@@ -18,7 +18,7 @@ from oracle import Float64
 from runs import gradients, loss_of, selections
 from torch import Tensor, nn
 
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.metrics.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig
 

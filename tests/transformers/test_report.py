@@ -17,10 +17,10 @@ import pytest
 from families import FAMILIES, tokens
 from transformers import Trainer, TrainingArguments
 
-from densemixer_adapters import metric_names
 from densemixer_adapters.callback import DenseMixerCallback
-from densemixer_adapters.cli import app
-from densemixer_adapters.report import TITLES
+from densemixer_adapters.cli.app import app
+from densemixer_adapters.cli.report import TITLES
+from densemixer_adapters.metrics import names
 from densemixer_adapters.transformers import apply_densemixer
 
 pytest.importorskip("typer", reason="needs typer, which the package requires; install it with pip")
@@ -58,8 +58,8 @@ def train(folder: Path, rate: float, *callbacks: Any, frozen: bool = False, **op
 
 
 def test_every_metric_has_a_title() -> None:
-    names = {value for name, value in vars(metric_names).items() if name.isupper() and name != "PREFIX"}
-    assert names == TITLES.keys()
+    known = {value for name, value in vars(names).items() if name.isupper() and name != "PREFIX"}
+    assert known == TITLES.keys()
 
 
 @NEEDS_MATPLOTLIB

@@ -15,8 +15,7 @@ import torch
 from formulas import FORMULAS
 from single import Single, assert_close, run, scored_low, tokens
 
-from densemixer_adapters import routers
-from densemixer_adapters.transformers import apply_densemixer
+from densemixer_adapters.transformers import apply_densemixer, routers
 from densemixer_core import DenseMixerConfig, RoutingMismatchError
 
 ESTIMATORS = ["densemixer", "centered"]

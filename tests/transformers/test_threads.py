@@ -21,8 +21,8 @@ from runs import selections
 from single import Single, assert_close, run, tokens
 from torch import Tensor, nn
 
-from densemixer_adapters.metrics import RouterMeter
-from densemixer_adapters.router_metrics import RouterMetrics
+from densemixer_adapters.metrics.gradients import RouterMeter
+from densemixer_adapters.metrics.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 

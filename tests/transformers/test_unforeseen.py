@@ -17,9 +17,8 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from densemixer_adapters import calls
-from densemixer_adapters.layer import OutputMismatchError
-from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, calls
+from densemixer_adapters.transformers.layer import OutputMismatchError
 
 IMPLEMENTATIONS = [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from densemixer_adapters.metric_names import CHANGE, LOST, NORM, SHARE
-from densemixer_adapters.verdict import ENOUGH_STEPS, judge
+from densemixer_adapters.metrics.names import CHANGE, LOST, NORM, SHARE
+from densemixer_adapters.metrics.verdict import ENOUGH_STEPS, judge
 
 FROZEN = "no gradient reaches the routers: DenseMixer is doing nothing here"
 NAN = math.nan

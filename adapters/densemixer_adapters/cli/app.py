@@ -16,13 +16,14 @@ from typing import Annotated
 
 import typer
 
-from densemixer_adapters import _boot, site_hook
-from densemixer_adapters.doctor import DISTRIBUTION, examine
-from densemixer_adapters.printable import one_line, printable
+from densemixer_adapters import _boot
+from densemixer_adapters.cli import site_hook
+from densemixer_adapters.cli.doctor import DISTRIBUTION, examine
+from densemixer_adapters.cli.printable import one_line, printable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-STARTUP = Path(__file__).parent / "startup"
+STARTUP = Path(__file__).parent.parent / "startup"
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -73,7 +74,7 @@ def inspect(
     Reads the configuration alone, no weights. The exit status is 1 if the model isn't supported, 2 if it can't be read.
     """
     with _reading(checkpoint):
-        from densemixer_adapters.inspection import build_empty, inspect_model
+        from densemixer_adapters.cli.inspection import build_empty, inspect_model
 
         report = inspect_model(build_empty(checkpoint))
     if as_json:
@@ -108,8 +109,8 @@ def cost(
     """Estimate what DenseMixer costs for a model: operations, bytes kept, and a step's time over a conventional one's.
 
     With --ep or --tp also the bytes that a rank sends. Reads the configuration alone. The formulas are in
-    densemixer_adapters/inspection.py and expert_parallel.py. The exit status is 1 if the model isn't supported, 2 if it
-    can't be read.
+    densemixer_adapters/cli/inspection.py and expert_parallel.py. The exit status is 1 if the model isn't supported, 2
+    if it can't be read.
     """
     from densemixer_adapters.errors import UnsupportedModelError
     from densemixer_core import DenseMixerConfig
@@ -120,7 +121,7 @@ def cost(
         raise typer.BadParameter(str(error)) from None
     try:
         with _reading(checkpoint):
-            from densemixer_adapters.inspection import build_empty, estimate
+            from densemixer_adapters.cli.inspection import build_empty, estimate
 
             model = build_empty(checkpoint)
             found = [estimate(model, sequence, config, ep, tp) for config in configs]
@@ -196,8 +197,8 @@ def report(
     itself, or what verl's logger `file` wrote. What it can't read it leaves out, and says so. The exit status is 1 if
     the run has no router metrics, 2 if it can't be read, drawn or written.
     """
-    from densemixer_adapters.report import UnreadableRunError, read_run, write
-    from densemixer_adapters.report import as_json as to_json
+    from densemixer_adapters.cli.report import UnreadableRunError, read_run, write
+    from densemixer_adapters.cli.report import as_json as to_json
 
     try:
         found = read_run(run_dir)
@@ -293,7 +294,3 @@ def run(command: Annotated[list[str], typer.Argument(metavar="[--] COMMAND [ARGU
             os.execve("/bin/sh", ["sh", program, *command[1:]], environment)
         _say(f"densemixer run: cannot execute: {command[0]}: {error.strerror}", err=True)
         raise typer.Exit(126) from None
-
-
-if __name__ == "__main__":
-    app()

@@ -22,7 +22,8 @@ from urllib.request import url2pathname
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from densemixer_adapters import _boot, site_hook
+from densemixer_adapters import _boot
+from densemixer_adapters.cli import site_hook
 
 DISTRIBUTION = "densemixer-adapters"
 ORIGINAL = "densemixer"
@@ -74,7 +75,7 @@ def examine() -> list[Check]:
 
 
 def _package() -> Check:
-    where = str(Path(__file__).parent)
+    where = str(Path(__file__).parents[1])
     try:
         return Check(DISTRIBUTION, "ok", f"{importlib.metadata.version(DISTRIBUTION)} at {where}")
     except importlib.metadata.PackageNotFoundError:

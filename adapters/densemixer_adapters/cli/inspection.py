@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from densemixer_adapters.cost import extra_operations, selected_experts
 from densemixer_adapters.expert_parallel import bytes_sent
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
+from densemixer_adapters.transformers.cost import extra_operations, selected_experts
 from densemixer_core import DenseMixerConfig
 
 

@@ -20,7 +20,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from densemixer_adapters.metric_names import (
+from densemixer_adapters.cli.printable import file_name, printable
+from densemixer_adapters.metrics.names import (
     CHANGE,
     COSINE,
     DRIFT,
@@ -32,8 +33,7 @@ from densemixer_adapters.metric_names import (
     PREFIX,
     SHARE,
 )
-from densemixer_adapters.printable import file_name, printable
-from densemixer_adapters.verdict import Verdict, judge
+from densemixer_adapters.metrics.verdict import Verdict, judge
 
 STATE = "trainer_state.json"
 TITLES = {

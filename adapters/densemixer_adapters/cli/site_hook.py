@@ -48,7 +48,7 @@ def install() -> Path:
         raise SetupError(f"can't write {file} ({error.strerror}). Instead, {instead}") from None
     if not runs_in_new_processes():
         file.unlink()
-        folder = Path(__file__).parents[1]
+        folder = Path(__file__).parents[2]
         raise SetupError(
             f"with {file}, a new Python process didn't run the hook, so the file is deleted again. Put {folder} on "
             f"PYTHONPATH; if it is there, {instead}"

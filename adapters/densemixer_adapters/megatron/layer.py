@@ -21,10 +21,10 @@ from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.expert_parallel import gathered_dots
-from densemixer_adapters.layer import Forward, Observer
-from densemixer_adapters.layer_meter import LayerMeter
-from densemixer_adapters.megatron_positions import Selection
-from densemixer_adapters.megatron_refuse import refuse_router
+from densemixer_adapters.megatron.positions import Selection
+from densemixer_adapters.megatron.refuse import refuse_router
+from densemixer_adapters.metrics.layer_meter import LayerMeter
+from densemixer_adapters.transformers.layer import Forward, Observer
 from densemixer_core import (
     DenseMixerConfig,
     ExpertLayout,

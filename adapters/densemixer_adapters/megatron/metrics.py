@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densemixer_adapters.megatron_layer import MegatronLayer, watched
-from densemixer_adapters.metric_names import NORM
-from densemixer_adapters.metrics import Measured, RouterMeter, at_places
+from densemixer_adapters.megatron.layer import MegatronLayer, watched
+from densemixer_adapters.metrics.gradients import Measured, RouterMeter, at_places
+from densemixer_adapters.metrics.names import NORM
 from densemixer_adapters.switch import wrap
 
 _T = TypeVar("_T")

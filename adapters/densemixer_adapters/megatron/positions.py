@@ -97,3 +97,7 @@ def _mismatch(found: str, numbers: list[int]) -> str:
         f"layers: the configuration has the model's experts in layers {numbers}, but {found}. Positions would mean "
         "other layers. Set moe_layer_freq to what the model is built of, or leave `layers` out."
     )
+
+
+def has_experts(config: Any) -> bool:
+    return getattr(config, "num_moe_experts", None) is not None

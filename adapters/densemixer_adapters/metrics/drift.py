@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from densemixer_adapters.calls import recording
-from densemixer_adapters.layer import DenseMixerLayer
-from densemixer_adapters.metric_names import CHANGE, DRIFT
-from densemixer_adapters.metrics import Measured, sum_over_ranks
+from densemixer_adapters.metrics.gradients import Measured, sum_over_ranks
+from densemixer_adapters.metrics.names import CHANGE, DRIFT
+from densemixer_adapters.transformers.calls import recording
+from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core.routing import are_probabilities
 
 TOKENS = 4096

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from densemixer_adapters.layer_meter import LayerMeter, Watched
-from densemixer_adapters.metric_names import COSINE, ENTROPY, LEFT_OUT, MAXIMUM, NORM, PREFIX, SHARE
+from densemixer_adapters.metrics.layer_meter import LayerMeter, Watched
+from densemixer_adapters.metrics.names import COSINE, ENTROPY, LEFT_OUT, MAXIMUM, NORM, PREFIX, SHARE
 
 _T = TypeVar("_T")
 

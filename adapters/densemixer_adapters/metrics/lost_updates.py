@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from densemixer_adapters.layer import DenseMixerLayer
-from densemixer_adapters.metric_names import LOST
-from densemixer_adapters.metrics import Measured, sum_over_ranks
+from densemixer_adapters.metrics.gradients import Measured, sum_over_ranks
+from densemixer_adapters.metrics.names import LOST
+from densemixer_adapters.transformers.layer import DenseMixerLayer
 
 
 class LostUpdates:

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters.layer import DenseMixerLayer
-from densemixer_adapters.metric_names import NORM
-from densemixer_adapters.metrics import Measured, RouterMeter, named, sum_over_ranks
-from densemixer_adapters.probe import Probe
-from densemixer_adapters.rounding import LostUpdates
+from densemixer_adapters.metrics.drift import Probe
+from densemixer_adapters.metrics.gradients import Measured, RouterMeter, named, sum_over_ranks
+from densemixer_adapters.metrics.lost_updates import LostUpdates
+from densemixer_adapters.metrics.names import NORM
+from densemixer_adapters.transformers.layer import DenseMixerLayer
 
 logger = logging.getLogger("densemixer")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from densemixer_adapters.metric_names import CHANGE, LOST, NORM, SHARE
+from densemixer_adapters.metrics.names import CHANGE, LOST, NORM, SHARE
 
 CHANGE_THRESHOLD = 0.01
 """The routing change below which a run's routers count as unchanged: fewer than one in a hundred choices."""

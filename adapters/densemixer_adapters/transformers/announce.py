@@ -11,8 +11,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from densemixer_adapters.cost import extra_operations
-from densemixer_adapters.layer import DenseMixerLayer
+from densemixer_adapters.transformers.cost import extra_operations
+from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
 
 logger = logging.getLogger("densemixer")

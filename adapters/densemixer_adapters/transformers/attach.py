@@ -16,7 +16,8 @@ from typing import Any
 from packaging.version import Version
 from torch import Tensor, nn
 
-from densemixer_adapters.announce import (
+from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.transformers.announce import (
     CHANGED_EXPERTS,
     OVERFLOW,
     UNREAD_METRICS,
@@ -25,21 +26,9 @@ from densemixer_adapters.announce import (
     describe,
     warn,
 )
-from densemixer_adapters.errors import UnsupportedModelError
-from densemixer_adapters.finding import ROUTER_NAMES, find_blocks, find_layers
-from densemixer_adapters.layer import DenseMixerLayer
+from densemixer_adapters.transformers.find import ROUTER_NAMES, find_blocks, find_layers
+from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
-
-__all__ = [
-    "DenseMixerHandle",
-    "DenseMixerLayer",
-    "UnsupportedModelError",
-    "apply_densemixer",
-    "attach",
-    "attached_handle",
-    "attached_layers",
-    "has_experts",
-]
 
 OLDEST = "5.5.4"
 """Of transformers, that the adapter works with."""

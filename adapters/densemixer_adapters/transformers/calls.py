@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from densemixer_adapters.expert_parallel import Spread
-from densemixer_adapters.host_experts import stacked_within
+from densemixer_adapters.transformers.experts import stacked_within
 from densemixer_core import StackedExperts
 
 

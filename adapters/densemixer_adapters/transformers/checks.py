@@ -1,8 +1,8 @@
 """Whether a layer is what DenseMixer takes it for: its routing, and its experts' output, on the tokens at hand.
 
-The gradient follows from what `densemixer_adapters.routers` declares of the router, and from the experts' weights. Both
-are compared with what the layer really did: in its first training forward with tokens, in the first one after somebody
-changed its hooks, wrappers or forwards, and now and then in between, for what can't be seen to change.
+The gradient follows from what `densemixer_adapters.transformers.routers` declares of the router, and from the experts'
+weights. Both are compared with what the layer really did: in its first training forward with tokens, in the first one
+after somebody changed its hooks, wrappers or forwards, and now and then in between, for what can't be seen to change.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from densemixer_adapters.layer import DenseMixerLayer
+from densemixer_adapters.transformers.layer import DenseMixerLayer
 
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts")
 """What routers, blocks and configurations call the number of experts that a token goes through."""

@@ -20,14 +20,21 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from densemixer_adapters import calls
-from densemixer_adapters.calls import Call
-from densemixer_adapters.checks import EVERY, TOKENS, OutputMismatchError, check_output, comparable, signature
 from densemixer_adapters.errors import UnsupportedModelError
-from densemixer_adapters.host_experts import formula_of, layout_of, unwrap, weight_names
-from densemixer_adapters.routers import Router
-from densemixer_adapters.transformers_parallel import local_weights, spread_of
-from densemixer_adapters.weights import read_weights
+from densemixer_adapters.transformers import calls
+from densemixer_adapters.transformers.calls import Call
+from densemixer_adapters.transformers.checks import (
+    EVERY,
+    TOKENS,
+    OutputMismatchError,
+    check_output,
+    comparable,
+    signature,
+)
+from densemixer_adapters.transformers.experts import formula_of, layout_of, unwrap, weight_names
+from densemixer_adapters.transformers.parallel import local_weights, spread_of
+from densemixer_adapters.transformers.routers import Router
+from densemixer_adapters.transformers.weights import read_weights
 from densemixer_core import (
     DenseMixerConfig,
     ExpertDots,
@@ -468,7 +475,8 @@ class DenseMixerLayer:
             raise RoutingMismatchError(
                 f"{self.router_name} ({type(router).__name__}): DenseMixer takes its scores to be "
                 f"the {self._spec.score} of its logits, but {error}. This version of the model routes "
-                "differently from what densemixer_adapters.routers declares; its gradient would be wrong."
+                "differently from what densemixer_adapters.transformers.routers declares; its gradient would be "
+                "wrong."
             ) from None
 
     def _check_output(
