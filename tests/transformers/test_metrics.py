@@ -364,7 +364,8 @@ def test_updates_lost_where_gradients_are_sparse(rate: float, lost: float) -> No
     updates.before_step(optimizer)
     optimizer.step()
     updates.after_step()
-    assert updates.measure()["updates_lost"] == pytest.approx([lost] * 3, abs=0.05)
+    found = updates.measure()["updates_lost"]
+    assert [*found.layers, found.whole] == pytest.approx([lost] * 3, abs=0.05)
 
 
 def test_updates_lost_where_the_optimizer_chooses_the_rate() -> None:
