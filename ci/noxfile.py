@@ -116,16 +116,22 @@ def original(session: nox.Session) -> None:
 RUN_ONCE = (
     "running/test_examples.py",
     "running/test_metrics_on_ranks.py",
+    "transformers/test_benchmarks.py",
+    "transformers/test_clear_errors.py",
+    "transformers/test_commands_on_pages.py",
+    "transformers/test_copies.py",
     "transformers/test_commands_on_pages.py",
     "transformers/test_float16_overflow.py",
     "transformers/test_function_transforms.py",
     "transformers/test_in_place.py",
     "transformers/test_layers_option.py",
     "transformers/test_nothing_is_kept.py",
+    "transformers/test_report.py",
     "transformers/test_second_derivative.py",
     "transformers/test_stress.py",
     "transformers/test_threads.py",
     "transformers/test_unforeseen.py",
+    "transformers/test_verdict.py",
     "transformers/test_wrapped_later.py",
 )
 """What doesn't depend on the version of transformers, under the newest alone."""
