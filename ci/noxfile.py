@@ -120,7 +120,6 @@ RUN_ONCE = (
     "transformers/test_clear_errors.py",
     "transformers/test_commands_on_pages.py",
     "transformers/test_copies.py",
-    "transformers/test_commands_on_pages.py",
     "transformers/test_float16_overflow.py",
     "transformers/test_function_transforms.py",
     "transformers/test_in_place.py",
