@@ -466,8 +466,9 @@ def drawing() -> dict[str, float]:
     """Router gradients with a budget of a third, where ranks differ in tokens, against the exact one.
 
     Returns:
-        ``draw``: the error of one draw; ``mean``: of the mean over draws; ``bias``: the mean's largest distance from
-        the exact gradient in some directions, in standard errors; ``output``: of the forward.
+        ``spread``: the root mean square of the errors of draws; ``mean``: the error of their mean, over that which
+        independent draws of this spread would have; ``bias``: the mean's largest distance from the exact gradient in
+        some directions, in standard errors; ``output``: the error of the forward.
     """
     case = Case(uneven=True, estimator="centered")
     x, g = batch(case)
@@ -487,9 +488,10 @@ def drawing() -> dict[str, float]:
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(*truth.shape, 10, generator=generator, dtype=torch.float64)
     errors = torch.einsum("seh,ehd->sd", draws - truth, directions)
+    spread = float((draws - truth).square().sum((1, 2)).mean().sqrt() / truth.norm())
     return {
-        "draw": oracle.relative_error(draws[0], truth),
-        "mean": oracle.relative_error(draws.mean(0), truth),
+        "spread": spread,
+        "mean": oracle.relative_error(draws.mean(0), truth) / (spread / len(draws) ** 0.5),
         "bias": float((errors.mean(0).abs() / (errors.std(0) / len(draws) ** 0.5)).max()),
         "output": oracle.worst_error(some[0].output, exact.output),
     }

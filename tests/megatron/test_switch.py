@@ -22,7 +22,8 @@ from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, ru
 from torch import nn
 
 from densemixer_adapters.cli.doctor import examine
-from densemixer_adapters.megatron import MegatronHandle, attached, enable, patch_transformer_config, read_flag
+from densemixer_adapters.megatron import MegatronHandle, attached, enable, read_flag
+from densemixer_adapters.megatron.config_field import patch_transformer_config
 from densemixer_adapters.megatron.layer import MegatronLayer
 from densemixer_adapters.megatron.positions import Selection, moe_layer_numbers
 from densemixer_adapters.transformers import UnsupportedModelError
