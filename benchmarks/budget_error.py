@@ -147,7 +147,7 @@ def now(part: Part, config: DenseMixerConfig) -> Tensor:
 def before(part: Part, config: DenseMixerConfig) -> Tensor:
     """By importance alone: a drawn pair counts 1/π times, another not at all."""
     tokens, experts = part.dots.shape
-    count = share_of_pairs(tokens * (experts - part.index.shape[1]), config.budget)
+    count = share_of_pairs(tokens, experts, experts, part.index.shape[1], config.budget)
     norm = part.g.norm(dim=1, keepdim=True)
     sensitivity = score_sensitivity(part.scores, "softmax") * part.factor
     importance = sensitivity.scatter(1, part.index, 0) * norm

@@ -56,8 +56,17 @@ def draw_pairs(importance: Tensor, count: int, offset: Tensor) -> Pairs:
     return Pairs(drawn, factor, torch.searchsorted(drawn, last, out_int32=True))
 
 
-def share_of_pairs(pairs: int, budget: float) -> int:
-    """``budget`` of the pairs, at least one; in whole numbers, which torch.compile can leave open."""
+def share_of_pairs(tokens: int, experts: int, scored: int, selected: int, budget: float) -> int:
+    """How many pairs a budget allows, at least one; in whole numbers, which torch.compile can leave open.
+
+    Args:
+        tokens: How many there are.
+        experts: How many with weights are evaluated here.
+        scored: How many experts the router scores. Those without weights cost nothing, so none of the budget is theirs.
+        selected: How many of these a token goes through: of the experts here in the mean the same part.
+        budget: The share of the pairs of a token and an unselected expert.
+    """
+    pairs = tokens * experts * (scored - selected) // scored
     return min(pairs, max(1, (pairs * round(budget * (1 << 20)) + (1 << 19)) // (1 << 20)))
 
 

@@ -146,7 +146,7 @@ class _Stacked:
         if known is None:
             return expert_dots(x, g, experts, self.dtype, workspace)
         scored, stacked = known.sensitivity.shape[-1], len(experts.weights.down)
-        count = share_of_pairs(len(x) * stacked * (scored - selected) // scored, config.budget)
+        count = share_of_pairs(len(x), stacked, scored, selected, config.budget)
         return sampled_dots(x, g, known, count, config.seed, experts, self.dtype, workspace)
 
 

@@ -88,8 +88,7 @@ def gathered_dots(
         """Our experts alone; ``known`` is of theirs, ``tokens`` the number of rows that aren't there to fill up."""
         if known is None:
             return torch.cat([expert_dots(x, g, some, dtype, own) for some in experts], 1)
-        every = scored or count
-        drawn = share_of_pairs(tokens * held * (every - selected) // every, budget)
+        drawn = share_of_pairs(tokens, held, scored or count, selected, budget)
         return sampled_dots(x, g, known, drawn, seed, _stack(experts), dtype, own)
 
     def prior(known: Known) -> float:

@@ -188,7 +188,7 @@ def named(layers: Sequence[Watched], values: Mapping[str, Measured]) -> dict[str
 
 def at_places(places: Sequence[str], values: Mapping[str, Measured]) -> dict[str, float]:
     """As `named`, for layers that are called so."""
-    named = {
+    found = {
         f"{PREFIX}{place}{name}": value
         for name, measured in values.items()
         for place, value in [
@@ -196,7 +196,7 @@ def at_places(places: Sequence[str], values: Mapping[str, Measured]) -> dict[str
             ("", measured.whole),
         ]
     }
-    return {name: value for name, value in named.items() if not math.isnan(value)}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
 
 
 def _of_squares(row: list[float], scale: float) -> dict[str, float]:
