@@ -6,7 +6,6 @@ Usage: spread.py REPORT. The report is JSON: for each way what each rank found, 
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import math
 import os
@@ -19,6 +18,7 @@ import oracle
 import torch
 import torch.distributed as dist
 from layers import concatenated
+from ranks import join, of_all_ranks
 from torch import Tensor, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -240,13 +240,7 @@ def count(layer: Layer, way: Way, budget: float) -> dict[str, float]:
 
 
 def run(rank: int, processes: int, store: str, report: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, processes),
-        rank=rank,
-        world_size=processes,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, processes, store)
     results: dict[str, list[Any]] = {}
     for name, way in WAYS.items():
         if len(way.tokens) != processes:
@@ -257,9 +251,7 @@ def run(rank: int, processes: int, store: str, report: Path) -> None:
                 result = check(name, way)
         except Exception:
             result = {"failed": traceback.format_exc()}
-        ranks: list[Any] = [None] * processes
-        dist.all_gather_object(ranks, result)
-        results[name] = ranks
+        results[name] = of_all_ranks(result)
     if rank == 0:
         before = json.loads(report.read_text()) if report.exists() else {}
         report.write_text(json.dumps(before | results))

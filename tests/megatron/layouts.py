@@ -7,7 +7,6 @@ report is JSON: for each layout, dispatcher and case what was found on each rank
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import functools
 import json
 import sys
@@ -20,6 +19,7 @@ import torch.distributed as dist
 import training
 from megatron.core import parallel_state
 from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, measuring
+from ranks import join, of_all_ranks
 from torch import multiprocessing
 
 
@@ -142,13 +142,7 @@ def train(way: Training) -> dict[str, Any]:
 
 
 def run(rank: int, processes: int, store: str, report: Path) -> None:
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, processes),
-        rank=rank,
-        world_size=processes,
-        timeout=datetime.timedelta(seconds=60),
-    )
+    join(rank, processes, store)
     wanted = {name: (layout, cells(layout)) for name, layout in LAYOUTS.items()}
     for name, way in TRAININGS.items():
         if has(way.since):
@@ -164,9 +158,7 @@ def run(rank: int, processes: int, store: str, report: Path) -> None:
                 result = check_it()
             except Exception:
                 result = {"failed": traceback.format_exc()}
-            ranks: list[Any] = [None] * processes
-            dist.all_gather_object(ranks, result)
-            results[f"{name}: {cell}"] = ranks
+            results[f"{name}: {cell}"] = of_all_ranks(result)
         parallel_state.destroy_model_parallel()
     if rank == 0:
         before = json.loads(report.read_text()) if report.exists() else {}

@@ -9,7 +9,6 @@ JSON, see `setting.run`; `ways` are cells of more than gradients.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import hashlib
 import json
@@ -25,6 +24,7 @@ import oracle
 import torch
 import torch.distributed as dist
 from families import FAMILIES
+from ranks import join
 from runs import loss_of, selections
 from safetensors.torch import load_file
 from setting import (
@@ -36,38 +36,29 @@ from setting import (
     checkpoint,
     compare,
     dense,
+    full,
     gradients_of,
     judge,
     judge_half,
+    refusal,
     routers,
     run,
+    saved,
     truth,
 )
 from torch import Tensor, multiprocessing
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
 
 from densemixer_adapters._boot import ENABLED
 from densemixer_adapters.metrics.router_metrics import RouterMetrics
-from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers
+from densemixer_adapters.transformers import apply_densemixer, attached_layers
 from densemixer_adapters.transformers.checks import OutputMismatchError
 from densemixer_core import DenseMixerConfig
 
 STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away
 UNREPORTED = Result(0.0, 0.0, 0.0)
 Layout = dict[str, Any]
-
-
-@functools.cache
-def saved(family: str) -> str:
-    """A saved model's folder, the same on all ranks."""
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    if dist.get_rank() == 0:
-        build(FAMILIES[family]).save_pretrained(folder[0])
-    dist.barrier()
-    return folder[0]
 
 
 def load(layout: Layout, family: str = "qwen3_moe") -> Any:
@@ -81,10 +72,6 @@ def share(layout: Layout, whole: Tensor | None = None) -> Tensor:
     data = layout.get("fsdp_size", 1) * layout.get("dp_replicate_size", 1)
     parts = (batch() if whole is None else whole).chunk(data)
     return parts[dist.get_rank() * data // dist.get_world_size()]
-
-
-def full(gradients: Gradients) -> Gradients:
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in gradients.items()}
 
 
 def plain(
@@ -309,14 +296,6 @@ def changed_output(layout: Layout) -> str:
     raise AssertionError("nothing was said")
 
 
-def refusal(attach: Callable[[], Any]) -> str:
-    try:
-        attach()
-    except UnsupportedModelError as error:
-        return str(error)
-    raise AssertionError("DenseMixer was attached")
-
-
 def mega(layout: Layout) -> Any:
     model = load(layout)
     for block in FAMILIES["qwen3_moe"].blocks(model):
@@ -364,13 +343,7 @@ def cells(processes: int) -> Cells:
 def start(rank: int, processes: int, store: str, report: Path, part: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29591"}
-    dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, processes),
-        rank=rank,
-        world_size=processes,
-        timeout=datetime.timedelta(seconds=120),
-    )
+    join(rank, processes, store, seconds=120)
     with switched(on=False):
         run({name: cell for name, cell in cells(processes).items() if part in name}, report, write=rank == 0)
     dist.barrier()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Any
 
 import oracle
 import torch
+import torch.distributed as dist
 from families import FAMILIES, Family, tokens
 from runs import loss_of, selections
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from densemixer_adapters.transformers import UnsupportedModelError
 
 FAMILY = FAMILIES["qwen3_moe"]
 TOLERANCE = 1e-5
@@ -52,6 +57,31 @@ def batch() -> Tensor:
 
 def gradients_of(model: nn.Module) -> Gradients:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@functools.cache
+def saved(family: str) -> str:
+    """The folder of a saved model, the same on all ranks: for what transformers does as it loads one. Collective."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    if dist.get_rank() == 0:
+        build(FAMILIES[family]).save_pretrained(folder[0])
+    dist.barrier()
+    return folder[0]
+
+
+def full(gradients: Gradients) -> Gradients:
+    """Whole, where they are in parts on the ranks. Collective."""
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in gradients.items()}
+
+
+def refusal(attach: Callable[[], Any]) -> str:
+    """The message with which DenseMixer was refused."""
+    try:
+        attach()
+    except UnsupportedModelError as error:
+        return str(error)
+    raise AssertionError("DenseMixer was attached")
 
 
 def selected(model: nn.Module, family: Family = FAMILY) -> list[Tensor]:

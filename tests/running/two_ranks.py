@@ -34,9 +34,12 @@ from setting import (
     build,
     checkpoint,
     compare,
+    full,
     gradients_of,
     judge_half,
+    refusal,
     run,
+    saved,
 )
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
@@ -51,7 +54,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 from densemixer_adapters.deepspeed import mark_leaf_modules
-from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
+from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
 KINDS = ("non-reentrant", "reentrant", "selective")
@@ -134,10 +137,6 @@ def wrap_fsdp2(model: Any, wrap: tuple[str, ...] = ("DecoderLayer",), **options:
     for module in reversed([m for m in model.modules() if type(m).__name__.endswith(wrap)]):  # inner ones first
         fully_shard(module, **options)
     fully_shard(model, **options)
-
-
-def full(gradients: Gradients) -> Gradients:
-    return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in gradients.items()}
 
 
 def zero(
@@ -280,23 +279,12 @@ def everywhere(mine: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-@functools.cache
-def checkpoint_of(family: str) -> Path:
-    """A saved model, for what transformers does as it loads one."""
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    if dist.get_rank() == 0:
-        build(FAMILIES[family]).save_pretrained(folder[0])
-    dist.barrier()
-    return Path(folder[0])
-
-
 def load(family: str, **distributed: Any) -> Any:
     """With a plan of transformers' own."""
     from transformers.distributed import DistributedConfig
 
     own = {"distributed_config": DistributedConfig(**distributed)} if distributed else {"tp_plan": "auto"}
-    return transformers.AutoModelForCausalLM.from_pretrained(checkpoint_of(family), dtype=torch.float32, **own).train()
+    return transformers.AutoModelForCausalLM.from_pretrained(saved(family), dtype=torch.float32, **own).train()
 
 
 def own_fsdp() -> Result:
@@ -304,14 +292,6 @@ def own_fsdp() -> Result:
     apply_densemixer(model)
     backward(model)
     return compare(full(gradients_of(model)))
-
-
-def refusal(family: str, **distributed: Any) -> str:
-    try:
-        apply_densemixer(load(family, **distributed))
-    except UnsupportedModelError as error:
-        return str(error)
-    raise AssertionError("DenseMixer was attached")
 
 
 def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -348,8 +328,11 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     if Version(transformers.__version__) >= Version("5.23"):
         yield "FSDP2 of transformers (fsdp_size): plain", own_fsdp
     else:  # the newer ones are cells of parallel.py
-        yield "refused: expert parallelism", lambda: refusal("gpt_oss", enable_expert_parallel=True)
-        yield "refused: tensor parallelism", lambda: refusal("qwen3_moe")
+        yield (
+            "refused: expert parallelism",
+            lambda: refusal(lambda: apply_densemixer(load("gpt_oss", enable_expert_parallel=True))),
+        )
+        yield "refused: tensor parallelism", lambda: refusal(lambda: apply_densemixer(load("qwen3_moe")))
     for stage in (1, 2, 3):
         way, ds = f"ZeRO-{stage}", functools.partial(zero, stage)
         yield f"{way}: plain", functools.partial(ds, count_steps=stage == 3)

@@ -52,6 +52,13 @@ def test_what_is_wrong_is_named(override: dict[str, Any], message: str) -> None:
         read_options(override)
 
 
+def validate(path: str) -> None:
+    """A configuration in which this is true, and nothing else is there."""
+    config = OmegaConf.create()
+    OmegaConf.update(config, path, True, force_add=True)
+    validate_config(config=config, use_reference_policy=False, use_critic=False)
+
+
 @pytest.mark.parametrize(
     "path",
     [
@@ -64,10 +71,8 @@ def test_what_is_wrong_is_named(override: dict[str, Any], message: str) -> None:
     ],
 )
 def test_refused_where_nobody_reads_it(path: str) -> None:
-    config = OmegaConf.create()
-    OmegaConf.update(config, path, True, force_add=True)
     with pytest.raises(ValueError, match=rf"^{path}: nobody reads it there. DenseMixer's key is"):
-        validate_config(config=config, use_reference_policy=False, use_critic=False)
+        validate(path)
 
 
 @pytest.mark.parametrize(
@@ -79,10 +84,8 @@ def test_refused_where_nobody_reads_it(path: str) -> None:
     ],
 )
 def test_read_where_it_belongs(path: str) -> None:
-    config = OmegaConf.create()
-    OmegaConf.update(config, path, True, force_add=True)
     with pytest.raises(ConfigAttributeError, match="trainer"):  # verl's own check begins
-        validate_config(config=config, use_reference_policy=False, use_critic=False)
+        validate(path)
 
 
 def test_other_keys_are_left_alone() -> None:
