@@ -10,6 +10,7 @@ receive a straight-through gradient. Read the modules in this order:
 - ``control``: what is known of the pairs that are not evaluated.
 - ``weights``: the experts' weights, and how a layer computes with them.
 - ``experts``: evaluates ⟨g, E_j(x)⟩ for every token and expert, without keeping an expert's output; ``products``: how.
+- ``sampled``: evaluates it for a part of the pairs, and estimates the rest.
 - ``straight_through``: the identity function that ties these to autograd.
 
 On a GPU, the folder ``kernel`` does what ``products`` does.
@@ -17,9 +18,10 @@ On a GPU, the folder ``kernel`` does what ``products`` does.
 
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.control import Known
-from densemixer_core.experts import expert_dots, routed_output, sampled_dots
+from densemixer_core.experts import expert_dots, routed_output
 from densemixer_core.kernel.activations import Activation, recognise
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, selection
+from densemixer_core.sampled import sampled_dots
 from densemixer_core.straight_through import ExpertDots, Listener, straight_through
 from densemixer_core.weights import Derivation, ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -20,19 +21,16 @@ def expert_dots(x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtyp
     if x.device.type == "cpu" and dtype.itemsize >= 4 and not torch.compiler.is_compiling():
         rows = min(rows, _CACHED_ROWS)
     for expert, row in enumerate(dots[:stacked]):
-        up, down = weights.up[expert].to(dtype), weights.down[expert].to(dtype)
         up_bias, down_bias = (None if bias is None else bias[expert].to(dtype) for bias in weights[2:4])
+        one = Rows(weights.up[expert].to(dtype), weights.down[expert].to(dtype), up_bias, down_bias, layout)
         for x_rows, g_rows, out in zip(*(torch.split(tensor, rows) for tensor in (x, g, row)), strict=True):
-            out.copy_(row_dots(x_rows, g_rows, up, down, up_bias, down_bias, layout, affine))
+            out.copy_(one.dots(x_rows, g_rows))
     return scaled(dots, weights.scale).t()
 
 
 _CACHED_ROWS = 1024
 """How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
 graph has one for each number of pieces.)"""
-
-Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""From rows, weights and a bias to their product, for each row with the weights of its expert."""
 
 
 def oriented(experts: StackedExperts) -> ExpertWeights:
@@ -60,41 +58,45 @@ def scaled(dots: Tensor, scale: Tensor | None) -> Tensor:
     return dots
 
 
-def row_dots(
-    x: Tensor,
-    g: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: ExpertLayout,
-    multiply: Affine,
-) -> Tensor:
-    """The inner product of each row of g, [rows, hidden], with the expert's output for that row of x, [rows]."""
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    if layout.post_norm is not None:
-        return torch.sum(row_outputs(x, up, down, up_bias, down_bias, layout, multiply) * g, -1, dtype=accumulate)
-    hidden = layout.activation(multiply(x, up, up_bias))
-    dots = torch.sum(multiply(g, down.mT, None).mul_(hidden), -1, dtype=accumulate)
-    return dots if down_bias is None else dots + torch.sum(g * down_bias, -1, dtype=accumulate)
-
-
-def row_outputs(
-    x: Tensor,
-    up: Tensor,
-    down: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    layout: ExpertLayout,
-    multiply: Affine,
-) -> Tensor:
-    """The expert's output for each row of x, [rows, hidden], without its scale."""
-    output = multiply(layout.activation(multiply(x, up, up_bias)), down, down_bias)
-    return output if layout.post_norm is None else layout.post_norm(output)
-
-
 def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else torch.addmm(bias, x, weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """What experts compute for rows of x, without their scales.
+
+    Attributes:
+        up: Of one expert, [in, out], or of several for a ``multiply`` that knows which row is whose; so are the others.
+        down: The same.
+        up_bias: Of one expert, [out], or for each row that of its expert, [rows, out].
+        down_bias: The same.
+        layout: How the experts compute.
+        multiply: From rows, weights and a bias to their product.
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    layout: ExpertLayout
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = affine
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """The expert's output for each row of x, [rows, hidden]."""
+        output = self.multiply(
+            self.layout.activation(self.multiply(x, self.up, self.up_bias)), self.down, self.down_bias
+        )
+        return output if self.layout.post_norm is None else self.layout.post_norm(output)
+
+    def dots(self, x: Tensor, g: Tensor) -> Tensor:
+        """The inner product of each row of g, [rows, hidden], with the expert's output for that row of x, [rows]."""
+        accumulate = torch.promote_types(x.dtype, torch.float32)
+        if self.layout.post_norm is not None:
+            return torch.sum(self.outputs(x) * g, -1, dtype=accumulate)
+        hidden = self.layout.activation(self.multiply(x, self.up, self.up_bias))
+        dots = torch.sum(self.multiply(g, self.down.mT, None).mul_(hidden), -1, dtype=accumulate)
+        return dots if self.down_bias is None else dots + torch.sum(g * self.down_bias, -1, dtype=accumulate)
 
 
 def temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:

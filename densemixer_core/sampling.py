@@ -93,10 +93,11 @@ def typical_size(size: Tensor, pairs: Pairs, tokens: int) -> Tensor:
 def inclusion_probabilities(importance: Tensor, count: int) -> Tensor:
     """min(1, λ·importance), with the λ for which they sum to ``count`` (to less, if fewer are above zero).
 
-    Each round caps those that reach 1 and distributes the rest anew. The sum approaches ``count`` from below.
+    Each round caps those that reach 1 and distributes the rest anew. The sum approaches ``count`` from below,
+    the sooner the fewer are drawn: 6 rounds leave out a 10 000th of a quarter of importances 1/u² with a uniform u.
     """
     scale = count / importance.sum().clamp(min=1e-300)
-    for _ in range(10):
+    for _ in range(6 if 4 * count <= importance.numel() else 10):
         capped = importance >= 1 / scale
         rest = torch.where(capped, 0.0, importance).sum().clamp(min=1e-300)
         scale = torch.maximum(scale, (count - capped.sum()) / rest)

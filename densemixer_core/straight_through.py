@@ -22,8 +22,9 @@ from torch.autograd import forward_ad
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.control import Known
 from densemixer_core.estimators import extra_score_gradient
-from densemixer_core.experts import expert_dots, sampled_dots
+from densemixer_core.experts import expert_dots
 from densemixer_core.routing import score_sensitivity, selection
+from densemixer_core.sampled import sampled_dots
 from densemixer_core.sampling import share_of_pairs
 from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 

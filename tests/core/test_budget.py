@@ -147,8 +147,8 @@ def test_each_drawn_pair_in_every_dtype_and_memory_bound(
         return torch.zeros_like(control), rest
 
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr("densemixer_core.experts.draw_pairs", draw)
-        patch.setattr("densemixer_core.experts.fit", without_control)
+        patch.setattr("densemixer_core.sampled.draw_pairs", draw)
+        patch.setattr("densemixer_core.sampled.fit", without_control)
         counted = StackedExperts(layer.weights, dataclasses.replace(layer.layout, activation=activation))
         known = Known(importance, torch.ones(case.tokens, 1))
         ours = sampled_dots(layer.x, layer.g, known, count, 0, counted, workspace_bytes=bound)
@@ -282,7 +282,7 @@ def test_importance_beats_chance() -> None:
         assert best < 0.8 * error(torch.ones_like(sensitivity))
         assert best < 0.8 * error(sensitivity / norm)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("densemixer_core.experts.PAIRS_PER_PILOT", 10**9)
+            patch.setattr("densemixer_core.sampled.PAIRS_PER_PILOT", 10**9)
             assert best < 0.8 * error(sensitivity)
 
 
