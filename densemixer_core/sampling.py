@@ -46,14 +46,20 @@ def draw_pairs(importance: Tensor, count: int, offset: Tensor) -> Pairs:
         offset: Of the comb, a scalar between 0 and 1, float64.
     """
     tokens, experts = importance.shape
-    line = inclusion_probabilities(importance.t().to(torch.float64).contiguous(), count).flatten()
+    probability = inclusion_probabilities(importance.t().to(torch.float64).contiguous(), count).flatten()
+    line = (probability * _UNIT).round().to(torch.int64)
     ends = line.cumsum(0)
-    teeth = offset + torch.arange(count, dtype=torch.float64, device=line.device)
+    teeth = (offset * _UNIT).to(torch.int64) + torch.arange(count, device=line.device) * _UNIT
     # Not-a-number, as a gradient scaler expects it at times, must not lead out of the line.
     drawn = torch.searchsorted(ends, teeth, right=True).clamp(max=line.numel() - 1)
-    factor = torch.where(teeth < ends[-1], 1 / line[drawn], 0.0)
+    factor = torch.where(teeth < ends[-1], _UNIT / line[drawn].to(torch.float64), 0.0)
     last = torch.arange(1, experts + 1, device=line.device) * tokens
     return Pairs(drawn, factor, torch.searchsorted(drawn, last, out_int32=True))
+
+
+_UNIT = 1 << 34
+"""The line is measured in whole numbers: their sums are the same in any order, so also on a GPU, where torch has no
+deterministic cumulative sum of others. Room for 2^28 pairs; what is below 2^-35 of one in the mean is never drawn."""
 
 
 def share_of_pairs(tokens: int, experts: int, scored: int, selected: int, budget: float) -> int:
