@@ -231,6 +231,34 @@ def report(
 
 
 @app.command()
+def selftest(
+    checks: Annotated[
+        list[str] | None, typer.Argument(metavar="[CHECK]...", help="All of them if none is named.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
+) -> None:
+    """Check on this machine that the gradients are right, and measure what a step costs. Takes two minutes or less.
+
+    Paste what it prints into an issue. The exit status is 1 if a check failed, otherwise 0.
+    """
+    try:
+        from densemixer_adapters.cli.selftest import about, show, watched
+        from densemixer_adapters.selftest import CHECKS, run
+    except ImportError as error:
+        _say(f"densemixer selftest: needs torch and transformers: {error}", err=True)
+        raise typer.Exit(1) from None
+    if unknown := [name for name in checks or () if name not in CHECKS]:
+        raise typer.BadParameter(f"there is no {unknown[0]!r}; there are {', '.join(map(repr, CHECKS))}")
+    outcomes = list(watched(run(checks or [*CHECKS])))
+    if as_json:
+        typer.echo(json.dumps({"about": about(), "outcomes": [dataclasses.asdict(one) for one in outcomes]}, indent=2))
+    else:
+        show(outcomes)
+    if any(one.state == "failed" for one in outcomes):
+        raise typer.Exit(1)
+
+
+@app.command()
 def setup(
     remove: Annotated[bool, typer.Option("--remove", help="Delete the file that this command wrote.")] = False,
 ) -> None:

@@ -1,0 +1,71 @@
+"""Experts that are spread over two processes, against one process."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from densemixer_adapters.expert_parallel import gathered_dots
+from densemixer_adapters.selftest import products
+from densemixer_adapters.selftest.outcome import Outcome, compared
+from densemixer_adapters.selftest.reference import relative_error
+from densemixer_core import ExpertWeights, StackedExperts
+
+RANKS = 2
+SPLIT = (60, products.TOKENS)
+"""Where each rank's tokens end: not the same number on each."""
+
+
+def check_spread(device: str) -> Iterator[Outcome]:
+    """Over gloo on the CPU; with a GPU also over NCCL, with the one process that one GPU allows."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield from _run(Path(folder) / "gloo", RANKS, "gloo", "cpu")
+        if device == "cuda":
+            yield from _run(Path(folder) / "nccl", 1, "nccl", "cuda")
+
+
+def _run(meeting: Path, ranks: int, backend: str, device: str) -> Iterator[Outcome]:
+    case = f"{backend}, {ranks} process{'es' if ranks > 1 else ''}"
+    try:
+        spawn(_rank, (ranks, str(meeting), backend, device), ranks)  # type: ignore[no-untyped-call]
+    except Exception as error:  # whatever a process died of
+        yield Outcome("expert parallelism", case, "failed", str(error).strip().splitlines()[-1])
+        return
+    for rank in range(ranks):
+        found = torch.load(f"{meeting}.{rank}")
+        off = relative_error(found["dots"], found["truth"])
+        yield compared("expert parallelism", f"{case}, rank {rank}", off, 1e-5)
+
+
+@torch.no_grad()
+def _rank(rank: int, ranks: int, meeting: str, backend: str, device: str) -> None:
+    """One process: its tokens and its experts alone; what it finds goes to a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
+    x, g = products.rows(torch.float32, device)
+    everything = products.experts(torch.float32, device, False, False)
+    start, end = (0, *SPLIT)[rank : rank + 2] if ranks > 1 else (0, products.TOKENS)
+    held = products.EXPERTS // ranks
+    ours = slice(rank * held, (rank + 1) * held)
+    weights = ExpertWeights(everything.weights.up[ours], everything.weights.down[ours])
+    dots = gathered_dots(
+        x[start:end],
+        g[start:end],
+        None,
+        experts=[StackedExperts(weights, everything.layout)],
+        indices=range(ours.start, ours.stop),
+        count=products.EXPERTS,
+        selected=2,
+        group=dist.group.WORLD,  # type: ignore[arg-type]
+        budget=1.0,
+        seed=0,
+        workspace_bytes=1 << 20,
+    )
+    truth = products.truth(x[start:end], g[start:end], everything)
+    torch.save({"dots": dots.cpu(), "truth": truth.cpu()}, f"{meeting}.{rank}")
+    dist.destroy_process_group()

@@ -1,0 +1,105 @@
+"""``densemixer selftest``: green as it is, and red where a copy of the code has a fault."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from installs import is_installed
+
+ROOT = Path(__file__).parents[2]
+
+
+def selftest(*checks: str, code: Path | None = None, **environment: str) -> tuple[int, list[dict[str, Any]]]:
+    """Exit status and outcomes, of the installed code or of a copy in a folder."""
+    if code is not None:
+        environment["PYTHONPATH"] = str(code)
+    done = subprocess.run(
+        [sys.executable, "-m", "densemixer_adapters.cli", "selftest", *checks, "--json"],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        timeout=570,
+    )
+    assert done.stdout, done.stderr
+    return done.returncode, json.loads(done.stdout)["outcomes"]
+
+
+def with_fault(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """A copy of both packages in which one line is wrong."""
+    shutil.copytree(ROOT / "densemixer_core", folder / "densemixer_core")
+    shutil.copytree(ROOT / "adapters" / "densemixer_adapters", folder / "densemixer_adapters")
+    text = (folder / file).read_text()
+    assert text.count(right) == 1
+    (folder / file).write_text(text.replace(right, wrong))
+    return folder
+
+
+def states(outcomes: list[dict[str, Any]], check: str) -> set[str]:
+    return {outcome["state"] for outcome in outcomes if outcome["check"] == check}
+
+
+def test_green_as_it_is() -> None:
+    status, outcomes = selftest()
+    assert status == 0, [outcome for outcome in outcomes if outcome["state"] == "failed"]
+    for check in ("products", "gradients", "compile", "expert parallelism", "speed"):
+        assert "ok" in states(outcomes, check), check
+    assert states(outcomes, "kernel") == {"skipped"}
+    implementations = {outcome["case"].split(",")[0] for outcome in outcomes if outcome["check"] == "gradients"}
+    assert implementations >= {"eager", "grouped_mm"}
+
+
+@pytest.mark.skipif(not is_installed("triton"), reason="needs triton; run `nox -s transformers`")
+def test_a_broken_kernel(tmp_path: Path) -> None:
+    assert selftest("kernel", TRITON_INTERPRET="1")[0] == 0
+    file = "densemixer_core/kernel/triton_kernel.py"
+    broken = with_fault(tmp_path, file, "dots += tl.sum(hidden * p, 1)", "dots += 1.05 * tl.sum(hidden * p, 1)")
+    status, outcomes = selftest("kernel", code=broken, TRITON_INTERPRET="1")
+    assert status == 1
+    assert states(outcomes, "kernel") == {"failed"}
+
+
+def test_a_wrong_layout_of_weights(tmp_path: Path) -> None:
+    right = "down=weights.down.transpose(1, 2)"
+    wrong = "down=weights.down.flip(2).transpose(1, 2)"
+    broken = with_fault(tmp_path, "densemixer_core/products.py", right, wrong)
+    status, outcomes = selftest("products", code=broken)
+    assert status == 1
+    assert states(outcomes, "products") == {"ok", "failed"}  # the other orientation is right
+
+
+def test_a_missing_collective(tmp_path: Path) -> None:
+    broken = with_fault(
+        tmp_path,
+        "densemixer_adapters/expert_parallel.py",
+        "    dist.all_to_all_single(received, full, group=group)\n    whole",
+        "    received = full\n    whole",
+    )
+    status, outcomes = selftest("expert parallelism", code=broken)
+    assert status == 1
+    assert "failed" in states(outcomes, "expert parallelism")
+
+
+def test_an_error_in_a_check_is_its_outcome(tmp_path: Path) -> None:
+    broken = with_fault(tmp_path, "densemixer_core/products.py", "    if experts.layout.transposed:", "    if nothing:")
+    status, outcomes = selftest("products", "speed", code=broken)
+    assert status == 1
+    assert [(outcome["check"], outcome["state"]) for outcome in outcomes] == [
+        ("products", "failed"),
+        ("speed", "failed"),
+    ]
+    assert "NameError" in outcomes[0]["found"]
+
+
+def test_a_check_that_does_not_exist() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "densemixer_adapters.cli", "selftest", "kernels"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "'kernel'" in done.stderr
