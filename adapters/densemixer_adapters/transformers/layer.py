@@ -167,8 +167,14 @@ class DenseMixerLayer:
         return unwrap(self.block.get_submodule("experts"))
 
     @property
-    def matrices(self) -> list[tuple[int, ...]]:
-        """The shapes of the experts' two stacked weights, also while ZeRO-3 has partitioned them."""
+    def scored_experts(self) -> int:
+        """How many experts have a score: those with weights, and those without."""
+        stacked = self.weight_shapes[0][0]
+        return stacked if self._spec.scored is None else int(getattr(unwrap(self.router), self._spec.scored))
+
+    @property
+    def weight_shapes(self) -> list[tuple[int, ...]]:
+        """Those of the experts' two stacked weights, also while ZeRO-3 has partitioned them."""
         weights = [getattr(self.experts, name) for name in weight_names(self.experts)[:2] if name]
         return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 

@@ -28,6 +28,7 @@ class Router:
         expert_scale: Name of the router's parameter that scales each expert's weight, [experts], if it has one.
         further: What the router's outputs beyond the stacked experts stand for: an expert that returns its input, or
             one that returns zero, which the router hands on as another expert with weight 0.
+        scored: The name of the router's attribute that says how many outputs it has, those included.
         linear: Whether the logits are the product of the router's input with its `weight`, if it has one, and nothing
             else but a bias. Router metrics read the weight's gradient off that of the logits.
         epsilon: What the layer adds to the sum of the selected scores before it divides by it, or the name of the
@@ -38,6 +39,7 @@ class Router:
     renormalised: bool | str
     expert_scale: str | None = None
     further: Literal["identity", "zero"] | None = None
+    scored: str | None = None
     linear: bool = True
     epsilon: float | str = 0.0
 
@@ -118,7 +120,7 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "LagunaTopKRouter": _SIGMOID_RENORMALISED,
     "Lfm2MoeSparseMoeBlock": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "Lfm2MoeTopKRouter": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
-    "LongcatFlashTopkRouter": Router("softmax", False, further="identity"),
+    "LongcatFlashTopkRouter": Router("softmax", False, further="identity", scored="n_routed_experts"),
     "MellumTopKRouter": _SOFTMAX_CONFIGURED,
     "MiMoV2FlashTopkRouter": _SIGMOID_CONFIGURED,
     "MiniMaxM2TopKRouter": _SIGMOID_RENORMALISED,
@@ -142,7 +144,7 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "SolarOpenTopkRouter": _SIGMOID_CONFIGURED,
     "Step3p7TopKRouter": _SIGMOID_RENORMALISED,
     "UnlimitedOcrTextTopkRouter": _SOFTMAX,
-    "ZayaRouter": Router("softmax", False, further="zero"),
+    "ZayaRouter": Router("softmax", False, further="zero", scored="num_router_classes"),
 }
 """Keyed by the name of the router's class; where that is a plain linear layer, of the block's."""
 
