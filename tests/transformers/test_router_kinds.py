@@ -18,8 +18,8 @@ from formulas import expert
 from sweep import step
 from torch import Tensor, nn
 
+from densemixer_adapters.observer import Forward
 from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer, routers
-from densemixer_adapters.transformers.layer import Forward
 from densemixer_core import RoutingMismatchError
 
 

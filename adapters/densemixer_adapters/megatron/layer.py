@@ -24,7 +24,7 @@ from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.megatron.positions import Selection
 from densemixer_adapters.megatron.refuse import refuse_router
 from densemixer_adapters.metrics.layer_meter import LayerMeter
-from densemixer_adapters.transformers.layer import Forward, Observer
+from densemixer_adapters.observer import Forward, Observer
 from densemixer_core import (
     DenseMixerConfig,
     ExpertLayout,

@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from densemixer_core import router_scores
 
 _T = TypeVar("_T")
 
@@ -42,6 +44,10 @@ class Router:
     scored: str | None = None
     linear: bool = True
     epsilon: float | str = 0.0
+
+    def scores_of(self, output: Tensor, probabilities: bool) -> Tensor:
+        """The scores p, [..., experts], from what the router returned: logits, or probabilities."""
+        return output if probabilities else router_scores(output, self.score)
 
     def epsilon_of(self, router: nn.Module) -> float:
         """Read the declaration off the router."""
