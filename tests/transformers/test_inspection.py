@@ -311,7 +311,8 @@ def test_a_token_goes_through_fewer_experts_where_some_have_no_weights() -> None
     """3 of 10, so that it goes through 3 · 8/10 with weights in the mean; and all 10 have a score, which is kept."""
     with oracle.Float64():
         some, none = (with_experts_without_weights("longcat_flash", zero_expert_num=count) for count in (2, 0))
-        layers = apply_densemixer(none).layers
+        with apply_densemixer(none) as handle:
+            layers = handle.layers
         matrices = sum(p.numel() for layer in layers for p in layer.experts.parameters())
     report = inspect_model(some)
     assert (report.experts, report.without_weights, report.selected) == (8, 2, 3)

@@ -31,7 +31,7 @@ from torch import nn
 
 from densemixer_adapters.expert_parallel import bytes_sent
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
-from densemixer_adapters.transformers.cost import extra_operations, selected_experts
+from densemixer_adapters.transformers.cost import expert_operations, extra_operations, selected_experts
 from densemixer_core import DenseMixerConfig
 
 
@@ -152,8 +152,8 @@ def inspect_model(model: Any) -> Report:
         router=type(first.router).__name__,
         score=first.score,
         renormalised=first.renormalised,
-        experts=first.weight_shapes[0][0],
-        without_weights=first.scored_experts - first.weight_shapes[0][0],
+        experts=first.stacked_experts,
+        without_weights=first.scored_experts - first.stacked_experts,
         selected=_selected(model, first),
         modules_to_save=(router,),
         target_parameters=tuple(f"{router}.{name}" for name, p in first.router.named_parameters() if p.dim() == 2),
@@ -180,17 +180,12 @@ def estimate(
     options = config or DenseMixerConfig()
     if ep_size > 1 and ep_size % tp_size:
         raise ValueError(f"ep_size must be a multiple of tp_size, got {ep_size} and {tp_size}")
-    share = {id(layer.experts): _selected(model, layer) / layer.scored_experts for layer in _layers(model)}
-    forward = _attention(model, sequence)
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding):
-            matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
-            forward += 2 * matrices * share.get(id(module), 1.0)
+    forward = _attention(model, sequence) + _matrices(model)
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
     layers, saved, sent = _layers(model, options), [], 0.0
     for layer in layers:
-        experts, hidden = layer.weight_shapes[0][0], model.config.get_text_config().hidden_size
+        experts, hidden = layer.stacked_experts, model.config.get_text_config().hidden_size
         kept = 4 * (layer.scored_experts + 1)
         # For ⟨g, y⟩: a copy of the output where not all experts are evaluated, else the selected experts' scores.
         if options.budget < 1:
@@ -228,6 +223,18 @@ def _selected(model: Any, layer: DenseMixerLayer) -> int:
 def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
     with attach(model, config) as handle:
         return handle.layers
+
+
+def _matrices(model: Any) -> float:
+    """The operations of a token's forward in matrix products with parameters."""
+    layers = _layers(model)
+    stacked = {id(layer.experts) for layer in layers}
+    through = (_selected(model, layer) / layer.scored_experts * layer.stacked_experts for layer in layers)
+    operations = sum(experts * expert_operations(layer) for experts, layer in zip(through, layers, strict=True))
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) and id(module) not in stacked:
+            operations += 2 * sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    return operations
 
 
 def _attention(model: Any, sequence: int) -> float:

@@ -42,15 +42,21 @@ def selected_experts(model: Any, layer: DenseMixerLayer) -> int | None:
     return None
 
 
+def expert_operations(layer: DenseMixerLayer) -> float:
+    """The floating-point operations of one expert of a layer for one token: two for each number in its two matrices."""
+    (_, *up), (_, *down) = layer.weight_shapes
+    return 2.0 * (math.prod(up) + math.prod(down))
+
+
 def _operations(model: Any, layer: DenseMixerLayer) -> float:
     """Of one layer, for each token in the mean."""
-    config, ((experts, *up), (_, *down)) = layer.config, layer.weight_shapes
-    pair = 2.0 * (math.prod(up) + math.prod(down))
+    config, experts = layer.config, layer.stacked_experts
     if config.estimator == "conventional":
         return 0.0
     if config.budget == 1:
-        return experts * pair
-    hidden = up[0] if getattr(layer.experts, "is_transposed", False) else up[1]
+        return experts * expert_operations(layer)
+    shape = layer.weight_shapes[0]
+    hidden = shape[1] if getattr(layer.experts, "is_transposed", False) else shape[2]
     selected = selected_experts(model, layer) or 0
     pairs = share_of_pairs(TOKENS, experts, layer.scored_experts, selected, config.budget)
-    return pairs / TOKENS * pair + experts * 2.0 * hidden
+    return pairs / TOKENS * expert_operations(layer) + experts * 2.0 * hidden

@@ -101,7 +101,11 @@ class HostLayer:
         return [tuple(getattr(weight, "ds_shape", weight.shape)) for weight in weights]
 
     @property
+    def stacked_experts(self) -> int:
+        """How many experts have weights. By the down projection: LongCat-Flash has further rows in the other one."""
+        return self.weight_shapes[1][0]
+
+    @property
     def scored_experts(self) -> int:
         """How many experts have a score: those with weights, and those without."""
-        stacked = self.weight_shapes[0][0]
-        return stacked if self.spec.scored is None else int(getattr(unwrap(self.router), self.spec.scored))
+        return self.stacked_experts if self.spec.scored is None else int(getattr(unwrap(self.router), self.spec.scored))
