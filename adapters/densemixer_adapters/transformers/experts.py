@@ -26,12 +26,12 @@ class ExpertsInput(NamedTuple):
 
     Attributes:
         x: Their input, [..., hidden].
-        index: The selected experts, [tokens, k].
+        selected: The selected experts, [tokens, k].
         weights: Their weights, [tokens, k].
     """
 
     x: Tensor
-    index: Tensor
+    selected: Tensor
     weights: Tensor
 
     def with_experts_of_none(self, zeros: int, scores: Tensor) -> ExpertsInput:
@@ -44,9 +44,9 @@ class ExpertsInput(NamedTuple):
         if not zeros:
             return self
         none = self.weights == 0
-        index = self.index.masked_fill(none, scores.shape[-1] - zeros)
-        weights = torch.where(none, scores.detach().gather(-1, index).to(self.weights.dtype), self.weights)
-        return ExpertsInput(self.x, index, weights)
+        selected = self.selected.masked_fill(none, scores.shape[-1] - zeros)
+        weights = torch.where(none, scores.detach().gather(-1, selected).to(self.weights.dtype), self.weights)
+        return ExpertsInput(self.x, selected, weights)
 
 
 def unwrap(module: nn.Module) -> nn.Module:

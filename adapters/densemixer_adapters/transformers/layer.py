@@ -150,7 +150,7 @@ class DenseMixerLayer(HostLayer):
         if not call.trains:
             recorder = None if torch.is_grad_enabled() else calls.recorder()
             if recorder is not None and call.router_output is not None:
-                recorder(self, rows(call.router_output), given.index)
+                recorder(self, rows(call.router_output), given.selected)
             return None
         refuse_unseen_router(self.name, self.router_name, call)
         if experts is not call.site:
@@ -195,7 +195,7 @@ class DenseMixerLayer(HostLayer):
         scores = None if stacked is None else spec.scores_of(rows(raw), probabilities)
         observed = scores
         if self.observer is not None:
-            forward = Forward(call.router_input, raw, probabilities, given.x, given.index)
+            forward = Forward(call.router_input, raw, probabilities, given.x, given.selected)
             output, observed = self.observer(forward, output, scores)
         if stacked is None or scores is None or observed is None:
             return output

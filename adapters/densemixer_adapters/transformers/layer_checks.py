@@ -73,7 +73,7 @@ class LayerChecks:
             RoutingMismatchError, OutputMismatchError: They differ.
             UnsupportedModelError: The weights are gone.
         """
-        if not (call.checks and len(given.index)) and not (call.spread is not None and call.compares):
+        if not (call.checks and len(given.selected)) and not (call.spread is not None and call.compares):
             return
         # Out of sight of who records operations, such as selective checkpointing, whose recomputation comes without.
         with torch.no_grad(), contextlib.nullcontext() if torch.compiler.is_compiling() else _disable_current_modes():
@@ -130,7 +130,7 @@ class LayerChecks:
         else:
             evaluate = functools.partial(call.spread.routed_output, experts=experts, rows=TOKENS)
         try:
-            check_output(rows(output), rows(given.x), given.index, given.weights, evaluate, compute_dtype(used.up))
+            check_output(rows(output), rows(given.x), given.selected, given.weights, evaluate, compute_dtype(used.up))
         except OutputMismatchError as error:
             raise OutputMismatchError(
                 f"{self._name} ({type(call.inner[0]).__name__}): {error}. Something changes what its experts return: a "

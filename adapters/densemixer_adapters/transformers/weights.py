@@ -52,11 +52,11 @@ def read_weights(
         scale: The factors on the experts' outputs, [experts], which are the router's, if there are any.
     """
     weights: list[Any] = [None if name is None else getattr(experts, name) for name in names]
-    found = ExpertWeights(*weights, scale=scale)
+    found = ExpertWeights(*weights)._replace(scale=scale)
     sources, steps = zip(*(_source(experts, name) for name in names), strict=True)
     if not any(steps):
         return found, None
-    return found, Derivation(ExpertWeights(*sources, scale=scale), functools.partial(_compute, steps))
+    return found, Derivation(ExpertWeights(*sources)._replace(scale=scale), functools.partial(_compute, steps))
 
 
 def _source(experts: Any, name: str | None) -> tuple[Any, tuple[_Step, ...]]:
