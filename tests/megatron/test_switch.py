@@ -133,9 +133,17 @@ def test_what_the_flag_attached_can_be_removed() -> None:
     }
 
 
+def test_older_names_still_work() -> None:
+    from densemixer_adapters.megatron import attached, enable
+
+    layer = build(Case())
+    with enable(layer) as handle:
+        assert attached(layer).layers == handle.layers != []
+
+
 def test_attached_twice_is_an_error() -> None:
     layer = build(Case(), moe_densemixer=True)
-    with pytest.raises(RuntimeError, match="attached already, by enable or moe_densemixer"):
+    with pytest.raises(RuntimeError, match="attached already, by apply_densemixer or moe_densemixer"):
         apply_densemixer(layer)
 
 
