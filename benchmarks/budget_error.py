@@ -30,9 +30,9 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, silu
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from densemixer_adapters.observer import Forward
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_adapters.transformers.experts import layout_of
-from densemixer_adapters.transformers.layer import Forward
 from densemixer_core import DenseMixerConfig, ExpertLayout, ExpertWeights, StackedExperts, expert_dots, straight_through
 from densemixer_core.estimators import extra_score_gradient
 from densemixer_core.routing import score_gradient_to_logits, score_sensitivity

@@ -34,8 +34,9 @@ graph has one for each number of pieces.)"""
 
 
 def oriented(experts: StackedExperts) -> ExpertWeights:
-    """The same orientation, [experts, in, out], for both layouts; views, not copies."""
+    """The same orientation, [experts, in, out], for both layouts, and as many experts; views, not copies."""
     weights = experts.weights
+    weights = weights._replace(up=weights.up[: len(weights.down)])  # LongCat-Flash has unused ones
     if experts.layout.transposed:
         return weights
     return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))

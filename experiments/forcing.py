@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
 
+from densemixer_adapters.observer import Forward
 from densemixer_adapters.transformers import apply_densemixer
-from densemixer_adapters.transformers.layer import Forward
 from densemixer_core import DenseMixerConfig
 
 

@@ -25,7 +25,7 @@ from typing import Any
 from densemixer_adapters import _boot
 from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
-from densemixer_adapters.megatron import attached as attached_to_megatron
+from densemixer_adapters.megatron import attached_handle as attached_megatron_handle
 from densemixer_adapters.megatron import wants_metrics
 from densemixer_adapters.metrics.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
 from densemixer_adapters.switch import read_switch, wrap
@@ -181,7 +181,7 @@ def patch_megatron_engine(module: Any) -> None:
     def optimizer_step(original: Any, self: Any) -> Any:
         norm = original(self)
         if wants_metrics(self.module):
-            self._densemixer_measured = attached_to_megatron(self.module).metrics()
+            self._densemixer_measured = attached_megatron_handle(self.module).metrics()
         return norm
 
 

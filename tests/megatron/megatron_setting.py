@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from densemixer_adapters.expert_parallel import gathered_dots
-from densemixer_adapters.megatron import enable
-from densemixer_adapters.megatron.layer import read_experts
+from densemixer_adapters.megatron import apply_densemixer
+from densemixer_adapters.megatron.experts import read_experts
 from densemixer_core import DenseMixerConfig
 
 EXPERTS, K, HIDDEN, FFN, LATENT = 8, 2, 16, 8, 12
@@ -413,11 +413,11 @@ def check(case: Case, dispatcher: str) -> Report:
     x, g = batch(case)
     without, index = run(build(case, dispatcher), x, g)
     layer = build(case, dispatcher)
-    enable(layer, DenseMixerConfig(case.estimator, budget=case.budget))
+    apply_densemixer(layer, DenseMixerConfig(case.estimator, budget=case.budget))
     ours, same_index = run(layer, x, g)
     assert torch.equal(index, same_index)
     layer = build(case, dispatcher)
-    handle = enable(layer, DenseMixerConfig(case.estimator, budget=case.budget, metrics=True))
+    handle = apply_densemixer(layer, DenseMixerConfig(case.estimator, budget=case.budget, metrics=True))
     measured, _ = run(layer, x, g)
     whole = measured.router.clone()
     dist.all_reduce(whole)
@@ -476,7 +476,7 @@ def drawing() -> dict[str, float]:
 
     def gradients(options: DenseMixerConfig) -> Gradients:
         layer.zero_grad()
-        handle = enable(layer, options)
+        handle = apply_densemixer(layer, options)
         found, _ = run(layer, x, g)
         handle.remove()
         return found
@@ -532,7 +532,7 @@ def measuring(split: bool = True) -> dict[str, dict[str, float]]:
     """
     case = Case(SIGMOID if split else {**SIGMOID, "sequence_parallel": False})
     layer = build(case).train(split)
-    handle = enable(layer, DenseMixerConfig(metrics=True))
+    handle = apply_densemixer(layer, DenseMixerConfig(metrics=True))
     one, other = batch(case, dist.get_rank() if split else parallel_state.get_data_parallel_rank())
     total, rest = torch.zeros(2, EXPERTS, HIDDEN, dtype=torch.float64)
     counts = torch.zeros(EXPERTS, dtype=torch.float64)

@@ -17,7 +17,7 @@ from megatron_setting import Case, batch, build, run
 from torch import Tensor
 from training import Writer, log
 
-from densemixer_adapters.megatron import enable
+from densemixer_adapters.megatron import apply_densemixer
 from densemixer_core import DenseMixerConfig
 
 NAMES = {
@@ -41,7 +41,7 @@ def step(layer: Any) -> Any:
 @pytest.mark.parametrize("by_layer", [True, False])
 def test_megatrons_log_has_them(by_layer: bool) -> None:
     layer = build(Case())
-    enable(layer, DenseMixerConfig(metrics=True))
+    apply_densemixer(layer, DenseMixerConfig(metrics=True))
     board, wandb, sums = Writer(), Writer(), {"densemixer/load_entropy": torch.ones(1)}
     lines = []
     for iteration in (1, 2):
@@ -70,7 +70,7 @@ def test_megatrons_log_has_them(by_layer: bool) -> None:
 
 def test_without_the_option_nothing_is_measured() -> None:
     layer = build(Case())
-    handle = enable(layer)
+    handle = apply_densemixer(layer)
     step(layer)
     writer = Writer()
     log(layer.config, 0, writer=writer)
@@ -80,7 +80,7 @@ def test_without_the_option_nothing_is_measured() -> None:
 
 def test_conventional_training() -> None:
     layer = build(Case())
-    handle = enable(layer, DenseMixerConfig("conventional", metrics=True))
+    handle = apply_densemixer(layer, DenseMixerConfig("conventional", metrics=True))
     plain = build(Case())
     gradients, exact = step(layer), step(plain)
     assert torch.equal(gradients.router, exact.router)
@@ -93,7 +93,7 @@ def test_conventional_training() -> None:
 def test_frozen_routers() -> None:
     layer = build(Case({"moe_shared_expert_intermediate_size": 8}))
     layer.router.requires_grad_(False)
-    handle = enable(layer, DenseMixerConfig(metrics=True))
+    handle = apply_densemixer(layer, DenseMixerConfig(metrics=True))
     output, _ = layer(batch(Case())[0].requires_grad_())
     output.sum().backward()
     assert handle.metrics() == {"densemixer/router_grad_norm": 0.0, "densemixer/layer_0/router_grad_norm": 0.0}
@@ -102,7 +102,7 @@ def test_frozen_routers() -> None:
 def test_float16_pairs_left_out() -> None:
     case = Case(dtype=torch.float16)
     layer = build(case)
-    handle = enable(layer, DenseMixerConfig(metrics=True))
+    handle = apply_densemixer(layer, DenseMixerConfig(metrics=True))
     with torch.no_grad():  # an expert that none of the tokens selects, and that overflows
         layer.router.weight[-1] = 0
         layer.experts.local_experts[-1].linear_fc1.weight.fill_(3e4)
@@ -116,7 +116,7 @@ def test_float16_pairs_left_out() -> None:
 
 def test_each_step_starts_anew() -> None:
     layer = build(Case())
-    handle = enable(layer, DenseMixerConfig(metrics=True))
+    handle = apply_densemixer(layer, DenseMixerConfig(metrics=True))
     step(layer)
     first = handle.metrics()
     step(layer)
@@ -130,7 +130,7 @@ def test_removed_nothing_is_left() -> None:
     layer = build(Case())
     step(layer)
     before = set(vars(layer.router)), set(vars(layer.token_dispatcher))
-    with enable(layer, DenseMixerConfig(metrics=True)) as handle:
+    with apply_densemixer(layer, DenseMixerConfig(metrics=True)) as handle:
         step(layer)
     assert handle.metrics() == {}
     assert (set(vars(layer.router)), set(vars(layer.token_dispatcher))) == before
@@ -150,7 +150,7 @@ def test_an_error_in_the_forward_leaves_nothing(where: str, recomputed: bool) ->
     for on in (False, True):
         layer = build(SELECTIVE if recomputed else Case())
         if on:
-            enable(layer, DenseMixerConfig(metrics=True))
+            apply_densemixer(layer, DenseMixerConfig(metrics=True))
         x, g = batch(Case())
         before = tensors()
         calls = iter([False] * recomputed + [True])

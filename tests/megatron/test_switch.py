@@ -22,7 +22,7 @@ from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, ru
 from torch import nn
 
 from densemixer_adapters.cli.doctor import examine
-from densemixer_adapters.megatron import MegatronHandle, attached, enable, read_flag
+from densemixer_adapters.megatron import MegatronHandle, announce, apply_densemixer, attached_handle, read_flag
 from densemixer_adapters.megatron.config_field import patch_transformer_config
 from densemixer_adapters.megatron.layer import MegatronLayer
 from densemixer_adapters.megatron.positions import Selection, moe_layer_numbers
@@ -118,11 +118,11 @@ def test_the_command_line_that_megatron_lm_makes_of_the_fields() -> None:
 
 def test_what_the_flag_attached_can_be_removed() -> None:
     layer = build(Case(), moe_densemixer=True)
-    handle = attached(layer)
+    handle = attached_handle(layer)
     assert [type(each) for each in handle.layers] == [MegatronLayer]
     handle.remove()
     handle.remove()
-    assert attached(layer).layers == []
+    assert attached_handle(layer).layers == []
     x, g = batch(Case())
     ours, _ = run(layer, x, g)
     host, _ = run(build(Case()), x, g)
@@ -133,16 +133,24 @@ def test_what_the_flag_attached_can_be_removed() -> None:
     }
 
 
+def test_older_names_still_work() -> None:
+    from densemixer_adapters.megatron import attached, enable
+
+    layer = build(Case())
+    with enable(layer) as handle:
+        assert attached(layer).layers == handle.layers != []
+
+
 def test_attached_twice_is_an_error() -> None:
     layer = build(Case(), moe_densemixer=True)
-    with pytest.raises(RuntimeError, match="attached already, by enable or moe_densemixer"):
-        enable(layer)
+    with pytest.raises(RuntimeError, match="attached already, by apply_densemixer or moe_densemixer"):
+        apply_densemixer(layer)
 
 
 def test_a_later_patch_of_megatrons_own_method_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """As verl patches the class of routers to replay a selection."""
     layer = build(Case())
-    enable(layer)
+    apply_densemixer(layer)
     called = []
     original = type(layer.router).routing
     monkeypatch.setattr(
@@ -158,7 +166,7 @@ def test_nothing_is_added_without_gradients() -> None:
     with torch.no_grad():
         output, _ = layer(x)
     assert output.grad_fn is None
-    assert attached(layer).layers[0]._running is None
+    assert attached_handle(layer).layers[0]._running is None
 
 
 def test_conventional_is_megatrons_own() -> None:
@@ -172,11 +180,11 @@ def test_conventional_is_megatrons_own() -> None:
 def test_a_frozen_router_is_warned_of_once(
     by_flag: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(MegatronLayer, "frozen_was_said", False)
+    monkeypatch.setattr(announce, "_frozen_was_said", False)
     layer = build(Case(), moe_densemixer=by_flag)
     layer.router.requires_grad_(False)
     if not by_flag:
-        enable(layer)
+        apply_densemixer(layer)
     x, g = batch(Case())
     for _ in range(2):
         layer(x.clone().requires_grad_())[0].backward(g)
@@ -224,8 +232,8 @@ def test_what_is_refused_when_the_configuration_is_made(reason: str) -> None:
         config(case, moe_densemixer=True)
     layer = build(case)  # without the flag Megatron builds it
     with pytest.raises(UnsupportedModelError, match=reason):
-        enable(layer)
-    assert attached(layer).layers == []
+        apply_densemixer(layer)
+    assert attached_handle(layer).layers == []
 
 
 @pytest.mark.parametrize(
@@ -253,14 +261,14 @@ def test_options_that_need_a_gpu_are_refused(option: str, value: Any) -> None:
     with pytest.raises(
         UnsupportedModelError, match=rf"can't train this model: {option} .*Either .*, or switch DenseMixer off"
     ):
-        enable(layer)
+        apply_densemixer(layer)
 
 
 def test_weights_that_are_split_further_are_refused() -> None:
     layer = build(Case())
     layer.config.expert_gtp_weight_remat_size = 2
     with pytest.raises(UnsupportedModelError, match=r"expert_tensor_parallel_num_weight_shards leaves a part .* unset"):
-        enable(layer)
+        apply_densemixer(layer)
 
 
 @pytest.mark.skipif(not BIASED.exists, reason=f"since Megatron Core {BIASED.since}")
@@ -270,14 +278,14 @@ def test_biases_that_are_somewhere_else_are_refused() -> None:
     for position in range(EXPERTS):
         setattr(layer.experts.linear_fc2, f"bias{position}", None)
     with pytest.raises(UnsupportedModelError, match="TEGroupedMLP: no biases, although add_bias_linear is on"):
-        enable(layer)
+        apply_densemixer(layer)
 
 
 def test_biases_under_expert_tensor_parallelism_are_refused() -> None:
     layer = build(Case())
     layer.config.add_bias_linear, layer.config.expert_tensor_parallel_size = True, 2
     with pytest.raises(UnsupportedModelError, match="add_bias_linear with expert tensor parallelism"):
-        enable(layer)
+        apply_densemixer(layer)
 
 
 def wrap_an_expert(layer: Any) -> None:
@@ -293,7 +301,7 @@ def test_experts_that_cannot_be_read_are_refused() -> None:
     layer = build(Case())
     wrap_an_expert(layer)
     with pytest.raises(UnsupportedModelError, match=UNREADABLE.format(" 1")):
-        enable(layer)
+        apply_densemixer(layer)
 
 
 def test_the_flag_refuses_them_when_the_layer_has_its_number() -> None:
@@ -315,29 +323,29 @@ def test_the_flag_refuses_them_in_a_layer_that_never_gets_a_number(monkeypatch: 
 def test_layers_are_named_by_their_numbers_in_the_whole_model() -> None:
     stage = nn.ModuleDict({"mlp": build(Case())})
     stage["mlp"].set_layer_number(7)
-    with enable(stage) as handle:
+    with apply_densemixer(stage) as handle:
         assert [layer.name for layer in handle.layers] == ["Mixture-of-Experts layer 7 (mlp on this rank)"]
         with pytest.raises(RuntimeError, match=r"layer 7 .*attached already"):
-            enable(stage)
+            apply_densemixer(stage)
 
 
 def test_a_router_of_another_kind_is_refused() -> None:
     layer = build(Case())
     layer.router = nn.Linear(16, EXPERTS)
     with pytest.raises(UnsupportedModelError, match="its router is a Linear, not Megatron's TopKRouter"):
-        enable(layer)
+        apply_densemixer(layer)
 
 
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="Linear has no MoELayer"):
-        enable(nn.Linear(2, 2))
+        apply_densemixer(nn.Linear(2, 2))
 
 
 def test_a_pipeline_stage_without_experts_is_none() -> None:
     """Where the first layers are dense, a stage may have none of the model's experts."""
     stage = nn.Linear(2, 2)
     stage.config = config(Case())
-    handle = enable([stage])
+    handle = apply_densemixer([stage])
     assert isinstance(handle, MegatronHandle)
     assert handle.layers == []
 
@@ -346,10 +354,10 @@ def test_a_pipeline_stage_without_experts_raises_what_the_others_raise() -> None
     stage = nn.Linear(2, 2)
     stage.config = config(Case(), num_layers=4, moe_layer_freq=[0, 0, 1, 1])
     with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
-        enable([stage], DenseMixerConfig(layers=[2]))
+        apply_densemixer([stage], DenseMixerConfig(layers=[2]))
     stage.config.fp8 = "e4m3"
     with pytest.raises(UnsupportedModelError, match="this model: fp8"):
-        enable([stage])
+        apply_densemixer([stage])
 
 
 @pytest.mark.parametrize(
@@ -376,7 +384,7 @@ def test_positions_that_a_hybrid_model_does_not_have(layers: Any) -> None:
     with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
         training.build(pattern="*E*E*", moe_densemixer={"layers": layers})
     with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
-        enable(training.build(pattern="*E*E*"), DenseMixerConfig(layers=layers))
+        apply_densemixer(training.build(pattern="*E*E*"), DenseMixerConfig(layers=layers))
 
 
 @hybrid
@@ -384,7 +392,7 @@ def test_positions_that_a_hybrid_model_does_not_have(layers: Any) -> None:
 def test_layers_in_a_hybrid_model(by_flag: bool) -> None:
     options = DenseMixerConfig(layers=[-1])
     model = training.build(pattern="*E*E*", is_hybrid_model=True, moe_densemixer={"layers": [-1]} if by_flag else False)
-    handle = attached(model) if by_flag else enable(model, options)
+    handle = attached_handle(model) if by_flag else apply_densemixer(model, options)
     assert [layer.block.layer_number for layer in handle.layers if layer.is_selected()] == [4]
 
 
@@ -393,9 +401,9 @@ def test_layers_in_a_part_of_a_hybrid_model() -> None:
     """Its pattern isn't known there, and moe_layer_freq, which is 1, would mean others."""
     part = training.build(pattern="*E*E*").decoder.layers
     with pytest.raises(ValueError, match=r"experts in layers \[1, 2, 3, 4, 5\], but of this rank's, layers \[2, 4\]"):
-        enable(part, DenseMixerConfig(layers=[0]))
-    assert len(enable(part).layers) == 2
-    with pytest.raises(ValueError, match="call `enable` on the whole model"):
+        apply_densemixer(part, DenseMixerConfig(layers=[0]))
+    assert len(apply_densemixer(part).layers) == 2
+    with pytest.raises(ValueError, match="call `apply_densemixer` on the whole model"):
         Selection(config(Case(), is_hybrid_model=True), DenseMixerConfig(layers=[0]))
 
 
@@ -404,7 +412,7 @@ def test_layers_of_an_encoder_do_not_count() -> None:
     encoder, layer = nn.Linear(2, 2), build(Case(), num_layers=2)
     encoder.config, encoder.layer_number = TransformerConfig(**SMALL), 1
     layer.set_layer_number(2)
-    with enable(nn.ModuleList([encoder, layer]), DenseMixerConfig(layers=[-1])) as handle:
+    with apply_densemixer(nn.ModuleList([encoder, layer]), DenseMixerConfig(layers=[-1])) as handle:
         assert len(handle.layers) == 1
 
 
@@ -419,14 +427,14 @@ def test_positions_count_all_pipeline_stages() -> None:
     layer = build(Case(), num_layers=4, moe_layer_freq=[0, 1, 0, 1])
     for number, positions, chosen in ((2, [0], 1), (4, [0], 0), (4, [-1], 1), (4, "1:", 1)):
         layer.set_layer_number(number)
-        with enable(layer, DenseMixerConfig(layers=positions)) as handle:
+        with apply_densemixer(layer, DenseMixerConfig(layers=positions)) as handle:
             assert len(handle.layers) == chosen
 
 
 def test_megatron_layers_are_found_in_all_chunks() -> None:
     chunks = [nn.ModuleDict({"mlp": build(Case())}), nn.ModuleDict({"mlp": build(Case())})]
-    assert [layer.block for layer in enable(chunks).layers] == [chunk["mlp"] for chunk in chunks]
-    assert all(isinstance(layer.block, MoELayer) for layer in attached(chunks).layers)
+    assert [layer.block for layer in apply_densemixer(chunks).layers] == [chunk["mlp"] for chunk in chunks]
+    assert all(isinstance(layer.block, MoELayer) for layer in attached_handle(chunks).layers)
 
 
 def test_the_doctor_looks_for_the_modules_that_are_hooked() -> None:

@@ -16,7 +16,7 @@ pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s me
 import torch
 from training import DEAD, build, forward_backward, train, wrap
 
-from densemixer_adapters.megatron import attached, enable
+from densemixer_adapters.megatron import apply_densemixer, attached_handle
 
 MEASURED = {"metrics": True}
 FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -93,7 +93,7 @@ def test_the_scale_of_the_loss_is_taken_out(measured: dict[str, Any]) -> None:
 
 def test_enable_does_what_the_flag_does(on: dict[str, Any]) -> None:
     model = build()
-    handle = enable([model])
+    handle = apply_densemixer([model])
     assert [layer.name for layer in handle.layers] == [
         f"Mixture-of-Experts layer {number} (decoder.layers.{number - 1}.mlp on this rank)" for number in (1, 2)
     ]
@@ -102,7 +102,7 @@ def test_enable_does_what_the_flag_does(on: dict[str, Any]) -> None:
 
 def test_removed_it_trains_as_before(off: dict[str, Any]) -> None:
     model = build()
-    with enable(model):
+    with apply_densemixer(model):
         pass
     assert train(model) == off
 
@@ -113,7 +113,7 @@ def test_gradients_of_a_step_that_is_not_read_are_forgotten(measured: dict[str, 
     for _ in range(2):
         wrapped[0].zero_grad_buffer()
         forward_backward(wrapped)
-    assert attached(model).metrics() == pytest.approx(measured["metrics"][0], rel=1e-6)
+    assert attached_handle(model).metrics() == pytest.approx(measured["metrics"][0], rel=1e-6)
 
 
 @pytest.mark.parametrize("by_flag", [True, False])
@@ -122,7 +122,7 @@ def test_some_layers_only(by_flag: bool) -> None:
 
     model = build(moe_densemixer={"layers": "-1:"} if by_flag else False)
     if not by_flag:
-        assert len(enable(model, DenseMixerConfig(layers="-1:")).layers) == 1
+        assert len(apply_densemixer(model, DenseMixerConfig(layers="-1:")).layers) == 1
     first, last = norms(train(model, steps=1))
     assert (first[DEAD:] == 0).all()
     assert (last[DEAD:] > 1e-3).all()

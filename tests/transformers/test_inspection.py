@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import transformers
 from families import FAMILIES, tokens
 from large import LARGE
 from runs import loss_of
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
@@ -42,6 +44,7 @@ def test_inspect(large: Path) -> None:
         "score": "softmax",
         "renormalised": True,
         "experts": 128,
+        "without_weights": 0,
         "selected": 8,
         "modules_to_save": ["mlp.gate"],
         "target_parameters": ["mlp.gate.weight"],
@@ -265,19 +268,55 @@ def test_options_count(large: Path) -> None:
         assert drawn.saved - whole.saved == 48 * (2048 * 2 + 4)
 
 
-@pytest.mark.parametrize("options", [{}, {"budget": 0.5}, {"estimator": "centered", "budget": 0.25}, {"layers": [0]}])
-def test_the_extra_operations_are_those_that_run(options: dict[str, Any]) -> None:
-    """All matrix products of a step, counted by torch."""
+def added_operations(model: Any, config: DenseMixerConfig, run: Callable[[Any], Tensor]) -> int:
+    """All matrix products of a step, counted by torch, that aren't those of a conventional one."""
 
     def count(config: DenseMixerConfig) -> int:
         with apply_densemixer(model, config):
-            loss_of(model)  # the first forward compares some tokens
+            run(model)  # the first forward compares some tokens
             with FlopCounterMode(display=False) as counter:
-                loss_of(model).backward()
+                run(model).backward()
         return counter.get_total_flops()
 
+    return count(config) - count(DenseMixerConfig("conventional"))
+
+
+@pytest.mark.parametrize("options", [{}, {"budget": 0.5}, {"estimator": "centered", "budget": 0.25}, {"layers": [0]}])
+def test_the_extra_operations_are_those_that_run(options: dict[str, Any]) -> None:
     with oracle.Float64():
         model = FAMILIES["qwen3_moe"].build("eager").double()
         config = DenseMixerConfig(**options)
-        extra = count(config) - count(DenseMixerConfig("conventional"))
+        extra = added_operations(model, config, loss_of)
     assert extra / tokens().numel() == pytest.approx(estimate(model, 12, config).extra, rel=0.01)
+
+
+def with_experts_without_weights(folder: str, **options: Any) -> Any:
+    if folder not in architectures.found() or transformers.__version__ == "5.5.4":
+        pytest.skip("not there, or refused, in this version")
+    return architectures.build(folder, **options).double()
+
+
+@pytest.mark.parametrize("budget", [1, 0.5, 0.25])
+@pytest.mark.parametrize("folder", ["longcat_flash", "zaya"])
+def test_experts_without_weights_cost_nothing(folder: str, budget: float) -> None:
+    """And they take none of the budget. A share of this test's few pairs is rounded to whole ones."""
+    with oracle.Float64():
+        model, config = with_experts_without_weights(folder), DenseMixerConfig(budget=budget)
+        extra = added_operations(model, config, lambda model: model(**architectures.inputs(model))[0].square().sum())
+    found = extra / architectures.tokens().numel()
+    assert found == pytest.approx(estimate(model, 12, config).extra, rel=0.02)
+
+
+def test_a_token_goes_through_fewer_experts_where_some_have_no_weights() -> None:
+    """3 of 10, so that it goes through 3 · 8/10 with weights in the mean; and all 10 have a score, which is kept."""
+    with oracle.Float64():
+        some, none = (with_experts_without_weights("longcat_flash", zero_expert_num=count) for count in (2, 0))
+        with apply_densemixer(none) as handle:
+            layers = handle.layers
+        matrices = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+    report = inspect_model(some)
+    assert (report.experts, report.without_weights, report.selected) == (8, 2, 3)
+    ours, theirs = estimate(some, 12), estimate(none, 12)
+    router = len(layers) * 2 * 2 * some.config.hidden_size
+    assert theirs.forward - ours.forward == pytest.approx(2 * matrices * (3 / 8 - 3 / 10) - router)
+    assert ours.saved - theirs.saved == len(layers) * 4 * 2

@@ -33,7 +33,7 @@ FLOAT32_ONLY = {"inkling2", "qwen3_omni_moe"}
 
 
 def mismatch() -> Any:
-    from densemixer_adapters.transformers.layer import OutputMismatchError
+    from densemixer_adapters.transformers.checks import OutputMismatchError
 
     assert issubclass(OutputMismatchError, RuntimeError)
     return OutputMismatchError

@@ -18,9 +18,9 @@ from formulas import expert
 from sweep import step
 from torch import Tensor, nn
 
+from densemixer_adapters.observer import Forward
 from densemixer_adapters.transformers import DenseMixerLayer, apply_densemixer, routers
-from densemixer_adapters.transformers.layer import Forward
-from densemixer_core import RoutingMismatchError
+from densemixer_core import DenseMixerConfig, RoutingMismatchError
 
 
 @dataclasses.dataclass
@@ -175,6 +175,21 @@ def test_an_expert_that_returns_its_input_teaches_the_router_that() -> None:
             rows = seen.unselected[:, j]
             assert rows.any()
             torch.testing.assert_close(seen.extra[rows, j], (seen.c[:, 0] * (seen.g * seen.x).sum(-1))[rows])
+
+
+def test_a_budget_where_some_experts_have_no_weights() -> None:
+    """As large a one as there is draws nearly all pairs: how many a token has differs from token to token."""
+    if transformers.__version__ == "5.5.4":
+        pytest.skip("refused in this version")
+    with oracle.Float64():
+        model = tiny("longcat_flash")
+        gradients = []
+        for config in (DenseMixerConfig("conventional"), DenseMixerConfig(), DenseMixerConfig(budget=1 - 1e-9)):
+            with apply_densemixer(model, config) as handle:
+                gradients.append(step(model)[1])
+    for name in (f"{layer.router_name}.classifier.weight" for layer in handle.layers):
+        conventional, exact, drawn = (found[name] for found in gradients)
+        assert (drawn - exact).norm() < 0.3 * (conventional - exact).norm()
 
 
 def test_a_scale_of_each_expert_is_part_of_the_expert() -> None:

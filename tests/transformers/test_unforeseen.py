@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, calls
-from densemixer_adapters.transformers.layer import OutputMismatchError
+from densemixer_adapters.transformers.checks import OutputMismatchError
 
 IMPLEMENTATIONS = [CheckpointImpl.REENTRANT, CheckpointImpl.NO_REENTRANT]
 

@@ -82,11 +82,12 @@ def inspect(
     elif not report.supported:
         _say(f"{report.model} ({report.model_type}): not supported", report.reason)
     else:
+        others = f", and {report.without_weights} without weights" if report.without_weights else ""
         weights = "renormalised over the selected experts" if report.renormalised else "not renormalised"
         _say(
             f"{report.model} ({report.model_type}): supported",
             f"layers           {len(report.layers)}: {report.layers[0]} to {report.layers[-1]}",
-            f"experts          {report.experts}, of which a token goes through {report.selected}",
+            f"experts          {report.experts}{others}, of which a token goes through {report.selected}",
             f"router           {report.router}: {report.score}, {weights}",
             f"LoRA             modules_to_save={list(report.modules_to_save)} trains the routers in full,",
             f"                 target_parameters={list(report.target_parameters)} through an adapter",

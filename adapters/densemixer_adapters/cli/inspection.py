@@ -2,16 +2,17 @@
 
 Floating-point operations a token, with two for each multiplication and addition of a matrix product:
 
-- forward F = 2·(parameters of the matrices that a token goes through) + attention. A token goes through k of a layer's
-  E experts; attention is 4·(T/2)·heads·head_dim a layer for sequences of T tokens, causal.
+- forward F = 2·(parameters of the matrices that a token goes through) + attention. A token goes through k of the S
+  experts that a layer's router scores, so in the mean through k/S of the E that have weights (mostly, S = E); attention
+  is 4·(T/2)·heads·head_dim a layer for sequences of T tokens, causal.
 - conventional training: 3·F, or 4·F with gradient checkpointing.
 - DenseMixer, in the backward: X = 2·(parameters of all experts of its layers), the up projection of x and the down
-  projection of g; with a budget b < 1, b·(1 − k/E) of that, and 2·E·hidden for each layer.
+  projection of g; with a budget b < 1, b·(1 − k/S) of that, and 2·E·hidden for each layer.
 
 So a step takes 1 + X / 3F (or 4F) times as long where all matrix products run equally fast. Norms and activation
 functions are left out on both sides; attention counts as full where it slides or is linear.
 
-Bytes kept from the forward to the backward, a token: 4·(E + 1) for each of its layers, for the scores and the factor
+Bytes kept from the forward to the backward, a token: 4·(S + 1) for each of its layers, for the scores and the factor
 between them and the weights; with a budget below 1 the layer's output and 4 bytes more; else with the estimator
 ``centered``, where weights are renormalised, 4·(k + 1) more. With gradient checkpointing for one layer at a time. The
 option `workspace_mb` bounds the temporaries of the backward.
@@ -30,7 +31,7 @@ from torch import nn
 
 from densemixer_adapters.expert_parallel import bytes_sent
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
-from densemixer_adapters.transformers.cost import extra_operations, selected_experts
+from densemixer_adapters.transformers.cost import expert_operations, extra_operations, selected_experts
 from densemixer_core import DenseMixerConfig
 
 
@@ -47,7 +48,8 @@ class Report:
         router: The class of their routers.
         score: The function that makes scores of a router's logits.
         renormalised: Whether the selected experts' scores are divided by their sum.
-        experts: How many experts a layer has.
+        experts: How many experts with weights a layer has.
+        without_weights: How many without.
         selected: How many of them a token goes through.
         modules_to_save: PEFT's setting that trains the routers in full beside LoRA.
         target_parameters: PEFT's setting that puts LoRA on the routers.
@@ -62,6 +64,7 @@ class Report:
     score: str = ""
     renormalised: bool = False
     experts: int = 0
+    without_weights: int = 0
     selected: int = 0
     modules_to_save: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
@@ -149,7 +152,8 @@ def inspect_model(model: Any) -> Report:
         router=type(first.router).__name__,
         score=first.score,
         renormalised=first.renormalised,
-        experts=first.matrices[0][0],
+        experts=first.stacked_experts,
+        without_weights=first.scored_experts - first.stacked_experts,
         selected=_selected(model, first),
         modules_to_save=(router,),
         target_parameters=tuple(f"{router}.{name}" for name, p in first.router.named_parameters() if p.dim() == 2),
@@ -176,18 +180,13 @@ def estimate(
     options = config or DenseMixerConfig()
     if ep_size > 1 and ep_size % tp_size:
         raise ValueError(f"ep_size must be a multiple of tp_size, got {ep_size} and {tp_size}")
-    share = {id(layer.experts): _selected(model, layer) / layer.matrices[0][0] for layer in _layers(model)}
-    forward = _attention(model, sequence)
-    for module in model.modules():
-        if not isinstance(module, nn.Embedding):
-            matrices = sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
-            forward += 2 * matrices * share.get(id(module), 1.0)
+    forward = _attention(model, sequence) + _matrices(model)
     if options.estimator == "conventional":
         return Cost(forward, 0.0, 0, 0)
     layers, saved, sent = _layers(model, options), [], 0.0
     for layer in layers:
-        experts, hidden = layer.matrices[0][0], model.config.get_text_config().hidden_size
-        kept = 4 * (experts + 1)
+        experts, hidden = layer.stacked_experts, model.config.get_text_config().hidden_size
+        kept = 4 * (layer.scored_experts + 1)
         # For ⟨g, y⟩: a copy of the output where not all experts are evaluated, else the selected experts' scores.
         if options.budget < 1:
             kept += 4 + hidden * model.dtype.itemsize
@@ -215,7 +214,7 @@ def _selected(model: Any, layer: DenseMixerLayer) -> int:
     Raises:
         ValueError: None, or more than there are.
     """
-    experts, selected = layer.matrices[0][0], selected_experts(model, layer) or 0
+    experts, selected = layer.scored_experts, selected_experts(model, layer) or 0
     if not 0 < selected <= experts:
         raise ValueError(f"{layer.name}: a token goes through {selected} of {experts} experts")
     return selected
@@ -224,6 +223,18 @@ def _selected(model: Any, layer: DenseMixerLayer) -> int:
 def _layers(model: nn.Module, config: DenseMixerConfig | None = None) -> list[DenseMixerLayer]:
     with attach(model, config) as handle:
         return handle.layers
+
+
+def _matrices(model: Any) -> float:
+    """The operations of a token's forward in matrix products with parameters."""
+    layers = _layers(model)
+    stacked = {id(layer.experts) for layer in layers}
+    through = (_selected(model, layer) / layer.scored_experts * layer.stacked_experts for layer in layers)
+    operations = sum(experts * expert_operations(layer) for experts, layer in zip(through, layers, strict=True))
+    for module in model.modules():
+        if not isinstance(module, nn.Embedding) and id(module) not in stacked:
+            operations += 2 * sum(p.numel() for p in module.parameters(recurse=False) if p.dim() > 1)
+    return operations
 
 
 def _attention(model: Any, sequence: int) -> float:

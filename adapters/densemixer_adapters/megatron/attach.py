@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.handle import Handle
+from densemixer_adapters.megatron.announce import announce
 from densemixer_adapters.megatron.config_field import FLAG, read_flag
-from densemixer_adapters.megatron.layer import MegatronLayer, attached_layer, warn_of_frozen_routers
+from densemixer_adapters.megatron.layer import MegatronLayer, attached_layer
 from densemixer_adapters.megatron.metrics import measure, want_metrics
 from densemixer_adapters.megatron.positions import PATTERNS, Selection, has_experts
 from densemixer_adapters.megatron.refuse import refuse_config
 from densemixer_core import DenseMixerConfig
 
-logger = logging.getLogger("densemixer")
 
-
-def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | None = None) -> MegatronHandle:
+def apply_densemixer(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | None = None) -> MegatronHandle:
     """Train the routers of a Megatron Core model through all of their experts.
 
     The model's outputs stay what they are, bit for bit; nothing is added to its parameters, modules or checkpoints.
     Call it on the built model, on every rank; best before DDP wraps it, as a pre-wrap hook of Megatron-Bridge does:
-    ``provider.register_pre_wrap_hook(lambda model: enable(model) and model)``.
+    ``provider.register_pre_wrap_hook(lambda model: apply_densemixer(model) and model)``.
 
     Args:
         model: The model, or its chunks of this pipeline stage.
@@ -56,8 +53,8 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
     for layer in layers:
         if attached_layer(layer.router) is not None:
             raise RuntimeError(
-                f"{layer.name}: DenseMixer is attached already, by enable or {FLAG}; attached(model).remove() detaches "
-                "it."
+                f"{layer.name}: DenseMixer is attached already, by apply_densemixer or {FLAG}; "
+                "attached_handle(model).remove() detaches it."
             )
         layer.check_block()
     selection.compare(_layer_numbers(chunks), [layer.block.layer_number for layer in layers])
@@ -66,19 +63,15 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
         layer.attach()
     if options.metrics:
         want_metrics()
-    logger.log(
-        logging.DEBUG if int(os.environ.get("RANK") or 0) else logging.INFO,
-        "DenseMixer is attached to %d layers of this rank's part of %s: estimator %s",
-        len(layers),
-        type(chunks[0]).__name__,
-        options.estimator,
-    )
-    warn_of_frozen_routers([layer for layer in layers if layer.router_is_frozen])
+    announce(chunks[0], layers, options.estimator)
     return MegatronHandle(layers)
 
 
-def attached(model: nn.Module | Sequence[nn.Module]) -> MegatronHandle:
-    """What is attached to a model, by `enable` or by its configuration. Its ``layers`` may be none."""
+def attached_handle(model: nn.Module | Sequence[nn.Module]) -> MegatronHandle:
+    """What is attached to a model, by `apply_densemixer` or by its configuration.
+
+    Never None: a rank may hold none of the layers, and takes part in what all ranks do together.
+    """
     layers = (attached_layer(block.router) for _, block in _moe_layers(_chunks(model)))
     return MegatronHandle([layer for layer in layers if layer is not None])
 
@@ -89,15 +82,12 @@ def wants_metrics(model: nn.Module | Sequence[nn.Module]) -> bool:
     return options is not None and options.metrics
 
 
-class MegatronHandle:
+class MegatronHandle(Handle[MegatronLayer]):
     """What is attached to a model. Leaving it as a context manager, or `remove`, detaches it.
 
     Attributes:
         layers: The layers of this rank, in the model's order.
     """
-
-    def __init__(self, layers: list[MegatronLayer]) -> None:
-        self.layers = layers
 
     def metrics(self) -> dict[str, float]:
         """Router metrics of the last step: ``densemixer/NAME``, ``densemixer/layer_N/NAME`` with layers from 0.
@@ -106,19 +96,6 @@ class MegatronHandle:
         step, also those that hold none of its layers; all get the same. Nothing without the option ``metrics``.
         """
         return measure(self.layers)
-
-    def remove(self) -> None:
-        """Leave the model as it was. Does nothing the second time."""
-        for layer in self.layers:
-            layer.remove()
-
-    def __enter__(self) -> MegatronHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
 
 
 def _chunks(model: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:

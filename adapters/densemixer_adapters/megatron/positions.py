@@ -37,7 +37,7 @@ def moe_layer_numbers(config: Any, pattern: str | None = None) -> list[int]:
     if getattr(config, "is_hybrid_model", False):
         raise ValueError(
             "layers: the positions of the Mixture-of-Experts layers of a hybrid model are in its pattern of layers, "
-            "which is not known here. Leave `layers` out, or call `enable` on the whole model."
+            "which is not known here. Leave `layers` out, or call `apply_densemixer` on the whole model."
         )
     frequency, layers = config.moe_layer_freq, range(config.num_layers)
     dense_or_not = [layer % frequency == 0 for layer in layers] if isinstance(frequency, int) else frequency

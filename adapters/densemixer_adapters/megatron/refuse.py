@@ -1,4 +1,4 @@
-"""What DenseMixer doesn't work with in Megatron Core: by the configuration, and by what a layer is built of.
+"""What DenseMixer doesn't work with in Megatron Core: by the configuration, by what a layer is built of, by its scores.
 
 docs/megatron-options.md has all of Megatron's options on Mixture-of-Experts layers.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from densemixer_adapters.errors import UnsupportedModelError
-from densemixer_core import DenseMixerConfig
+from densemixer_adapters.megatron.host_layer import HostLayer
+from densemixer_core import DenseMixerConfig, RoutingMismatchError, check_routing
 from densemixer_core.routing import SCORE_FUNCTIONS
 
 _IS_QUANTISED = ("has the experts compute with quantised weights, which DenseMixer doesn't read", "train in bf16")
@@ -97,3 +100,27 @@ def refuse_router(name: str, router: Any) -> None:
             f"{name}: DenseMixer can't train it: its router is a {type(router).__name__}, not Megatron's TopKRouter. "
             "Either build it with that one, or switch DenseMixer off."
         )
+
+
+def check_scores(layer: HostLayer, scores: Tensor, index: Tensor, weights: Tensor) -> bool:
+    """Compare what DenseMixer takes the scores to be with what Megatron made of them.
+
+    Args:
+        layer: The layer.
+        scores: Of all experts, [tokens, experts].
+        index, weights: The selected experts and their weights, [tokens, k] each.
+
+    Returns:
+        Whether any token has said something.
+
+    Raises:
+        RoutingMismatchError: They differ.
+    """
+    try:
+        return check_routing(scores, index, weights, layer.renormalised, layer.epsilon)
+    except RoutingMismatchError as error:
+        raise RoutingMismatchError(
+            f"{layer.name}: DenseMixer takes its router's scores to be the "
+            f"{layer.score} of the logits, but {error}. This version of Megatron "
+            "Core, or a patch of it, routes differently; the gradient would be wrong. Switch DenseMixer off."
+        ) from None

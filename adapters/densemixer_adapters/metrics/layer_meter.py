@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from densemixer_adapters.transformers.layer import Forward, Observer
+from densemixer_adapters.observer import Forward, Observer
 from densemixer_core.routing import score_gradient_to_logits
 
 
@@ -89,7 +89,7 @@ class LayerMeter:
         return torch.zeros(self.experts, device=self.device, dtype=torch.float64) if loads is None else loads[:-1]
 
     def observe(self, forward: Forward, output: Tensor, scores: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """See `densemixer_adapters.transformers.layer.Observer`."""
+        """See `densemixer_adapters.observer.Observer`."""
         x, router_output = forward.router_input, forward.router_output
         if x is None:
             return output, scores

@@ -1,15 +1,19 @@
 """DenseMixer on a live model of transformers 5: `apply_densemixer`.
 
-``attach``      attaches to a model, and takes off again
-``find``        the layers of a model, and what is refused
-``routers``     what each router computes, as declarations that are checked when a layer runs
-``layer``       one layer: what its hooks do in a forward and in its backward
-``calls``       the forward that is under way, and the hooks by which router and experts report to it
-``checks``      what is declared against what the layer did
-``experts``     the host's modules with stacked weights
-``weights``     how to read these: parametrised, quantised, with adapters
-``announce``    what a user is told
-``cost``        what a layer costs
+``attach``        attaches to a model, and takes off again
+``find``          the layers of a model
+``refuse``        what DenseMixer can't work with in a layer
+``routers``       what each router computes, as declarations that are checked when a layer runs
+``host_layer``    one layer: where it is, and what can be read off it
+``layer``         what its hooks do in a forward and in its backward
+``calls``         the forward that is under way, and the hooks by which router and experts report to it
+``checks``        what is declared against what the layer did
+``layer_checks``  when that is compared
+``experts``       the host's modules with stacked weights
+``weights``       how to read these: parametrised, quantised, with adapters
+``parallel``      how transformers spreads them over ranks
+``announce``      what a user is told
+``cost``          what a layer costs
 """
 
 from densemixer_adapters.errors import UnsupportedModelError

@@ -10,13 +10,13 @@ from __future__ import annotations
 import sys
 import uuid
 import weakref
-from types import TracebackType
 from typing import Any
 
 from packaging.version import Version
 from torch import Tensor, nn
 
 from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.handle import Handle
 from densemixer_adapters.transformers.announce import (
     CHANGED_EXPERTS,
     OVERFLOW,
@@ -159,7 +159,7 @@ def _handle_of(layer: DenseMixerLayer) -> DenseMixerHandle | None:
     return layer.handle if isinstance(layer.handle, DenseMixerHandle) else None
 
 
-class DenseMixerHandle:
+class DenseMixerHandle(Handle[DenseMixerLayer]):
     """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
 
     A copied model takes DenseMixer along, with layers and a handle of its own, which gives way.
@@ -171,7 +171,7 @@ class DenseMixerHandle:
     """
 
     def __init__(self, model: nn.Module, layers: list[DenseMixerLayer]) -> None:
-        self.layers = layers
+        super().__init__(layers)
         self.gives_way = False
         self.frozen_routers = FrozenRouters(layers)
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
@@ -179,9 +179,6 @@ class DenseMixerHandle:
         self._said: set[str] = set()
         for layer in layers:
             layer.attach(self)
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.layers}>"
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Nobody holds that handle, so it gives way."""
@@ -216,18 +213,9 @@ class DenseMixerHandle:
 
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
-        for layer in self.layers:
-            layer.remove()
+        super().remove()
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
             handle = _handle_of(layer)
             if handle is not None and handle._origin == self._origin:
                 layer.remove()
-
-    def __enter__(self) -> DenseMixerHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()

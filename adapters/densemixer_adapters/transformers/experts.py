@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +19,34 @@ STACKED_WITHOUT_DECORATOR = ("LigerExperts", "LongcatFlashExperts", "Step3p7Expe
 
 Liger puts its own in the place of a model's if it is applied before the model is made.
 """
+
+
+class ExpertsInput(NamedTuple):
+    """What experts were called with.
+
+    Attributes:
+        x: Their input, [..., hidden].
+        selected: The selected experts, [tokens, k].
+        weights: Their weights, [tokens, k].
+    """
+
+    x: Tensor
+    selected: Tensor
+    weights: Tensor
+
+    def with_experts_of_none(self, zeros: int, scores: Tensor) -> ExpertsInput:
+        """Where a token chose an expert that returns zero, the host has put another one there, with weight 0.
+
+        Args:
+            zeros: How many of the last experts are such.
+            scores: Of all experts, [tokens, experts].
+        """
+        if not zeros:
+            return self
+        none = self.weights == 0
+        selected = self.selected.masked_fill(none, scores.shape[-1] - zeros)
+        weights = torch.where(none, scores.detach().gather(-1, selected).to(self.weights.dtype), self.weights)
+        return ExpertsInput(self.x, selected, weights)
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -67,6 +96,11 @@ def formula_of(experts: Any) -> Activation | None:
     """What the activation of the layout computes. Its parameters have two names in transformers."""
     alpha, limit = (getattr(experts, f"swiglu_{name}", getattr(experts, name, None)) for name in ("alpha", "limit"))
     return recognise(layout_of(experts).activation, getattr(experts, "has_gate", True), alpha, limit)
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """[..., n] as [rows, n]."""
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 def _gate_by(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+
+from densemixer_core import router_scores
 
 _T = TypeVar("_T")
 
@@ -28,6 +30,7 @@ class Router:
         expert_scale: Name of the router's parameter that scales each expert's weight, [experts], if it has one.
         further: What the router's outputs beyond the stacked experts stand for: an expert that returns its input, or
             one that returns zero, which the router hands on as another expert with weight 0.
+        scored: The name of the router's attribute that says how many outputs it has, those included.
         linear: Whether the logits are the product of the router's input with its `weight`, if it has one, and nothing
             else but a bias. Router metrics read the weight's gradient off that of the logits.
         epsilon: What the layer adds to the sum of the selected scores before it divides by it, or the name of the
@@ -38,8 +41,13 @@ class Router:
     renormalised: bool | str
     expert_scale: str | None = None
     further: Literal["identity", "zero"] | None = None
+    scored: str | None = None
     linear: bool = True
     epsilon: float | str = 0.0
+
+    def scores_of(self, output: Tensor, probabilities: bool) -> Tensor:
+        """The scores p, [..., experts], from what the router returned: logits, or probabilities."""
+        return output if probabilities else router_scores(output, self.score)
 
     def epsilon_of(self, router: nn.Module) -> float:
         """Read the declaration off the router."""
@@ -118,7 +126,7 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "LagunaTopKRouter": _SIGMOID_RENORMALISED,
     "Lfm2MoeSparseMoeBlock": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "Lfm2MoeTopKRouter": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
-    "LongcatFlashTopkRouter": Router("softmax", False, further="identity"),
+    "LongcatFlashTopkRouter": Router("softmax", False, further="identity", scored="n_routed_experts"),
     "MellumTopKRouter": _SOFTMAX_CONFIGURED,
     "MiMoV2FlashTopkRouter": _SIGMOID_CONFIGURED,
     "MiniMaxM2TopKRouter": _SIGMOID_RENORMALISED,
@@ -142,7 +150,7 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "SolarOpenTopkRouter": _SIGMOID_CONFIGURED,
     "Step3p7TopKRouter": _SIGMOID_RENORMALISED,
     "UnlimitedOcrTextTopkRouter": _SOFTMAX,
-    "ZayaRouter": Router("softmax", False, further="zero"),
+    "ZayaRouter": Router("softmax", False, further="zero", scored="num_router_classes"),
 }
 """Keyed by the name of the router's class; where that is a plain linear layer, of the block's."""
 

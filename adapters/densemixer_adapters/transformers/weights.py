@@ -41,18 +41,22 @@ def why_unreadable(experts: nn.Module, names: Sequence[str | None]) -> str | Non
     return None
 
 
-def read_weights(experts: nn.Module, names: Sequence[str | None]) -> tuple[ExpertWeights, Derivation | None]:
+def read_weights(
+    experts: nn.Module, names: Sequence[str | None], scale: Tensor | None = None
+) -> tuple[ExpertWeights, Derivation | None]:
     """The weights, and how to compute them again where they aren't plain tensors. Call it during the forward.
 
     Args:
         experts: The module that holds the stacked weights.
         names: Its attributes, in the order of `ExpertWeights`; None for one that it doesn't have.
+        scale: The factors on the experts' outputs, [experts], which are the router's, if there are any.
     """
     weights: list[Any] = [None if name is None else getattr(experts, name) for name in names]
+    found = ExpertWeights(*weights)._replace(scale=scale)
     sources, steps = zip(*(_source(experts, name) for name in names), strict=True)
     if not any(steps):
-        return ExpertWeights(*weights), None
-    return ExpertWeights(*weights), Derivation(ExpertWeights(*sources), functools.partial(_compute, steps))
+        return found, None
+    return found, Derivation(ExpertWeights(*sources)._replace(scale=scale), functools.partial(_compute, steps))
 
 
 def _source(experts: Any, name: str | None) -> tuple[Any, tuple[_Step, ...]]:
