@@ -113,42 +113,53 @@ def original(session: nox.Session) -> None:
     session.run("python", "tests/parity/original.py", str(ORIGINAL), env={"HF_HUB_OFFLINE": "1"})
 
 
-RUN_ONCE = (
-    "running/test_examples.py",
-    "running/test_metrics_on_ranks.py",
-    "transformers/test_benchmarks.py",
-    "transformers/test_clear_errors.py",
-    "transformers/test_commands_on_pages.py",
-    "transformers/test_copies.py",
-    "transformers/test_float16_overflow.py",
-    "transformers/test_function_transforms.py",
-    "transformers/test_in_place.py",
-    "transformers/test_layers_option.py",
-    "transformers/test_nothing_is_kept.py",
-    "transformers/test_report.py",
-    "transformers/test_second_derivative.py",
-    "transformers/test_stress.py",
-    "transformers/test_threads.py",
-    "transformers/test_unforeseen.py",
-    "transformers/test_verdict.py",
-    "transformers/test_wrapped_later.py",
+TRANSFORMERS = (
+    "tests/running",
+    "tests/transformers",
+    "tests/metrics",
+    "tests/cli",
+    "--ignore=tests/cli/test_doctor.py",  # which makes installs: it runs with LLaMA-Factory
+    "tests/parity",
 )
-"""What doesn't depend on the version of transformers, under the newest alone."""
+
+DEPENDS = (
+    "architectures",
+    "checkpointing",
+    "compile",
+    "errors",
+    "forward",
+    "gradients",
+    "output_is_checked",
+    "peft",
+    "quantised",
+    "router_kinds",
+    "routing_check",
+    "table",
+)
+"""Those tests of the transformers adapter that the version of transformers bears on most."""
+
+PLAINEST = "not test_matrix.py or test_cell and (plain or refused or fullgraph)"
+"""Each way of running in its plainest variation; of the other files all."""
+
+
+def install_transformers(session: nox.Session, pins: str) -> None:
+    install(session, f"transformers-{pins}")
+    install_deepspeed(session)
+    if pins == "5.5.4":
+        install_editable(session)
+    else:
+        install_wheel(session)
 
 
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """transformers adapter, ways of running: oldest version, editable; newest, a wheel, with what runs once."""
-    install(session, f"transformers-{pins}")
-    install_deepspeed(session)
-    tests = ["tests/running", "tests/transformers", "tests/parity"]
+    """Adapter, ways of running, metrics, command line: newest, a wheel. Oldest, editable: what depends on it."""
+    install_transformers(session, pins)
+    tests = ["tests/demo", "tests/experiments", "tests/benchmarks", *TRANSFORMERS]
     if pins == "5.5.4":
-        install_editable(session)
-        tests += [f"--ignore=tests/{once}" for once in RUN_ONCE]
-    else:
-        install_wheel(session)
-        tests = ["tests/demo", "tests/experiments", *tests]
+        depends = [f"tests/transformers/test_{name}.py" for name in DEPENDS]
+        tests = ["tests/running/test_matrix.py", *depends, "tests/parity", "-k", PLAINEST]
     run_tests(session, *tests, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
@@ -170,7 +181,7 @@ def llamafactory(session: nox.Session) -> None:
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    run_tests(session, "tests/llamafactory", "tests/boot", "tests/open_instruct")
+    run_tests(session, "tests/llamafactory", "tests/boot", "tests/cli/test_doctor.py", "tests/open_instruct")
 
 
 @nox.session
@@ -192,16 +203,31 @@ MEGATRON = {"0.13.1": ((3, 10), (3, 11)), "0.16.1": ((3, 10), (3, 13)), "0.19.2"
 """The versions of Megatron Core, and the first and last version of Python for each."""
 
 
-@nox.session
-@nox.parametrize("pins", list(MEGATRON))
-def megatron(session: nox.Session, pins: str) -> None:
-    """Megatron Core: layers and models on one, two and four processes, on the CPU."""
+def test_megatron(session: nox.Session, pins: str) -> None:
     first, last = MEGATRON[pins]
     if not first <= sys.version_info[:2] <= last:
         session.skip(f"Megatron Core {pins} needs Python {first[0]}.{first[1]} to {last[0]}.{last[1]}")
     install(session, f"megatron-{pins}")
     install_editable(session)
     run_tests(session, "tests/megatron")
+
+
+@nox.session
+@nox.parametrize("pins", ["0.16.1", "0.19.2"])
+def megatron(session: nox.Session, pins: str) -> None:
+    """Megatron Core: layers and models on one, two and four processes, on the CPU."""
+    test_megatron(session, pins)
+
+
+@nox.session(default=False, requires=["original"])
+@nox.parametrize("framework", ["transformers", "megatron"])
+def oldest(session: nox.Session, framework: str) -> None:
+    """All tests under the oldest version of a framework, of which the other sessions run some or none."""
+    if framework == "megatron":
+        test_megatron(session, "0.13.1")
+    else:
+        install_transformers(session, "5.5.4")
+        run_tests(session, *TRANSFORMERS, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
 # Says on a line of its own what is newer than an environment's pins.

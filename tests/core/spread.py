@@ -6,11 +6,10 @@ Usage: spread.py REPORT. The report is JSON: for each way what each rank found, 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 import math
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import oracle
 import torch
 import torch.distributed as dist
 from layers import concatenated
-from ranks import join, of_all_ranks
+from ranks import add_to, found_by_all, join
 from torch import Tensor, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -241,20 +240,9 @@ def count(layer: Layer, way: Way, budget: float) -> dict[str, float]:
 
 def run(rank: int, processes: int, store: str, report: Path) -> None:
     join(rank, processes, store)
-    results: dict[str, list[Any]] = {}
-    for name, way in WAYS.items():
-        if len(way.tokens) != processes:
-            continue
-        result: Any
-        try:
-            with torch.no_grad():
-                result = check(name, way)
-        except Exception:
-            result = {"failed": traceback.format_exc()}
-        results[name] = of_all_ranks(result)
-    if rank == 0:
-        before = json.loads(report.read_text()) if report.exists() else {}
-        report.write_text(json.dumps(before | results))
+    checks = {name: functools.partial(check, name, way) for name, way in WAYS.items() if len(way.tokens) == processes}
+    with torch.no_grad():
+        add_to(report, found_by_all(checks))
     dist.barrier()
     os._exit(0)  # threads of gloo may outlive what they belong to
 

@@ -1,6 +1,6 @@
 """Runs Liger's kernels on the CPU, in Triton's interpreter.
 
-Usage: TRITON_INTERPRET=1 LIGER_FUSED_MOE_AUTOTUNE=0 liger.py REPORT.
+Usage: TRITON_INTERPRET=1 LIGER_FUSED_MOE_AUTOTUNE=0 liger.py REPORT [CELL]....
 
 Its RMSNorm asks for what the interpreter doesn't have, so it is left out. Our own fused kernel computes there too.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from liger_kernel.transformers import apply_liger_kernel_to_qwen3_moe
 from runs import loss_of
-from setting import Result, batch, build, compare, gradients_of, run, truth
+from setting import Result, batch, build, chosen, compare, gradients_of, run, truth
 
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core.kernel import fused
@@ -40,4 +40,4 @@ def cells() -> Iterator[tuple[str, Callable[[], Result]]]:
 
 
 if __name__ == "__main__":
-    run(dict(cells()), Path(sys.argv[1]))
+    run(chosen(cells(), sys.argv[2:]), Path(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Runs the cells of the matrix that need one process. Usage: one_process.py REPORT [PART OF A NAME]."""
+"""Runs the cells of the matrix that need one process. Usage: one_process.py REPORT [CELL]..."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runs import loss_of, selections
 from setting import (
     FAMILIES,
     FAMILY,
-    Cells,
     Result,
     batch,
     build,
     checkpoint,
+    chosen,
     compare,
     gradients_of,
     judge_half,
@@ -134,10 +134,5 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield from trainers.cells()
 
 
-def main(report: Path, part: str = "") -> None:
-    wanted: Cells = {name: cell for name, cell in cells() if part in name}
-    run(wanted, report)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    run(chosen(cells(), sys.argv[2:]), Path(sys.argv[1]))

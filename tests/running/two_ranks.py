@@ -1,4 +1,4 @@
-"""Runs the distributed cells of the matrix. Usage: torchrun --nproc-per-node 2 two_ranks.py REPORT [PART OF A NAME].
+"""Runs the distributed cells of the matrix. Usage: torchrun --nproc-per-node 2 two_ranks.py REPORT [CELL]....
 
 Each rank has half of the batch, and the gradients must be the oracle's of the whole batch in one process.
 """
@@ -27,12 +27,12 @@ from runs import loss_of, selections
 from setting import (
     FAMILIES,
     FAMILY,
-    Cells,
     Gradients,
     Result,
     batch,
     build,
     checkpoint,
+    chosen,
     compare,
     full,
     gradients_of,
@@ -348,10 +348,9 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "ZeRO-3: through the Trainer", zero_with_trainer
 
 
-def main(report: Path, part: str = "") -> None:
+def main(report: Path, *names: str) -> None:
     deepspeed.init_distributed("gloo")
-    wanted: Cells = {name: cell for name, cell in cells() if part in name}
-    run(wanted, report, write=dist.get_rank() == 0)
+    run(chosen(cells(), names), report, write=dist.get_rank() == 0)
     sys.stdout.flush()
     os._exit(0)  # threads of gloo may outlive what they belong to
 
