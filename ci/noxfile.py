@@ -17,6 +17,8 @@ CI = Path(__file__).parent.resolve()
 ROOT = CI.parent
 ORIGINAL = ROOT / ".nox" / "original.pt"
 WHEELS = ROOT / ".nox" / "wheels"
+DEMO = {"PYTHONPATH": str(ROOT / "examples" / "demo")}
+"""For programs that use data and models of the demo."""
 
 # Two at a time. The tests of a file share what it takes long to set up. Files in the order of the arguments: those
 # that take long first, so that no worker waits for the other in the end.
@@ -300,7 +302,7 @@ def bench_budget(session: nox.Session) -> None:
     """How exact the extra gradient is at each budget."""
     install(session, "transformers-5.23.0")
     install_editable(session)
-    session.run("python", "benchmarks/budget_error.py", *session.posargs)
+    session.run("python", "benchmarks/budget_error.py", *session.posargs, env=DEMO)
 
 
 @nox.session(default=False)
@@ -308,7 +310,7 @@ def experiment(session: nox.Session) -> None:
     """Post-train a small Mixture-of-Experts model on two tasks, in five ways, with seeds, tuning and error bars."""
     install(session, "transformers-5.23.0")
     install_editable(session)
-    session.run("python", "experiments", *session.posargs)
+    session.run("python", "experiments", *session.posargs, env=DEMO)
 
 
 @nox.session(default=False)
@@ -316,4 +318,4 @@ def gradient_quality(session: nox.Session) -> None:
     """Compare the gradient of routers with the effect of changing the routing."""
     install(session, "transformers-5.23.0")
     install_editable(session)
-    session.run("python", "experiments/gradient_quality.py", *session.posargs)
+    session.run("python", "experiments/gradient_quality.py", *session.posargs, env=DEMO)
