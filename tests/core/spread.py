@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import os
 import sys
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import oracle
 import torch
 import torch.distributed as dist
+from draws import bias
 from layers import concatenated
 from ranks import add_to, found_by_all, join
 from torch import Tensor, multiprocessing
@@ -197,16 +197,11 @@ def check(name: str, way: Way) -> dict[str, Any]:
 
 def sample(layer: Layer, exact: Tensor) -> dict[str, Any]:
     """How far the mean over draws is from the exact numbers, in standard errors, in some directions."""
-    draws = []
-    for seed in range(DRAWS):
-        draws.append(layer.dots(budget=0.3, seed=seed).double())
-    stacked = torch.stack(draws)
-    directions = torch.randn(10, *exact.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    errors = torch.einsum("ste,dte->sd", stacked - exact, directions)
+    draws = torch.stack([layer.dots(budget=0.3, seed=seed).double() for seed in range(DRAWS)])
     return {
-        "bias": float((errors.mean(0).abs() / (errors.std(0) / math.sqrt(DRAWS))).max()),
-        "draw": oracle.relative_error(stacked[0], exact),
-        "mean": oracle.relative_error(stacked.mean(0), exact),
+        "bias": bias(draws, exact),
+        "draw": oracle.relative_error(draws[0], exact),
+        "mean": oracle.relative_error(draws.mean(0), exact),
     }
 
 

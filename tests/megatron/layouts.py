@@ -15,8 +15,9 @@ from typing import Any
 
 import torch.distributed as dist
 import training
+from cases import LAYOUT_CASES, SPREAD_CASES, has
+from checks import check, drawing, gathering, measuring
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, measuring
 from ranks import add_to, found_by_all, join
 from torch import multiprocessing
 

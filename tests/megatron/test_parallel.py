@@ -14,8 +14,8 @@ pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s me
 
 import oracle
 import torch
+from cases import has
 from layouts import LAYOUTS, TRAININGS, Layout, Training, cells, train
-from megatron_setting import has
 from ranks import run_script
 from training import DEAD
 

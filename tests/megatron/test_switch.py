@@ -15,10 +15,11 @@ pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s me
 
 import torch
 import training
+from cases import CASES, EXPERTS, Case, has
 from layouts import HYBRID_EXPERTS
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, run
+from moe_layer import batch, build, config, run
 from torch import nn
 
 from densemixer_adapters.cli.doctor import examine

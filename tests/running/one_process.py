@@ -123,14 +123,13 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     # Fast to compile, as far as torch traces the model; then one case in which code is generated too.
     way, eager = "torch.compile", functools.partial(compiled, "aot_eager")
     yield f"{way}: plain", eager
-    yield f"{way}: layer by layer", functools.partial(eager, regional=True)
-    yield f"{way}: gpt-oss", functools.partial(eager, family="gpt_oss")
+    yield f"{way}: gpt-oss by layers", functools.partial(eager, family="gpt_oss", regional=True)
     # The backward of grouped_mm on the CPU in transformers 5.5.4 is no full graph.
     whole = functools.partial(compiled, eager_first=True, fullgraph=True, implementation="batched_mm")
     yield f"{way}: fullgraph after a step without", functools.partial(whole, "aot_eager")
     for kind in ("non-reentrant", "reentrant"):
         yield f"{way}: checkpointing {kind}", functools.partial(eager, kind)
-    yield f"{way}: inductor", functools.partial(whole, "inductor", regional=True)
+    yield f"{way}: inductor by layers", functools.partial(whole, "inductor", regional=True)
     yield from trainers.cells()
 
 

@@ -62,7 +62,7 @@ def test_compiles_once(report: Any, script: str, cell: str) -> None:
     """Graphs after each of five steps: the first one checks the routing, so there may be a second set, then none."""
     first, second, *later = report(script)[cell]["more"]["graphs"]
     assert later == [second] * 3
-    if cell.endswith(("fullgraph after a step without", "inductor")):
+    if cell.endswith(("fullgraph after a step without", "inductor by layers")):
         assert first == second
 
 
