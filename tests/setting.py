@@ -24,6 +24,7 @@ from densemixer_adapters.transformers import UnsupportedModelError
 
 FAMILY = FAMILIES["qwen3_moe"]
 TOLERANCE = 1e-5
+STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away
 
 Gradients = dict[str, Tensor]
 Cells = dict[str, Callable[[], "Result | str"]]

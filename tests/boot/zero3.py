@@ -15,7 +15,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
-from running.two_ranks import zero_config
+from running.zero import zero_config
 from runs import loss_of
 from setting import batch, compare, saved
 from transformers import AutoModelForCausalLM

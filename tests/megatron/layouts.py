@@ -19,6 +19,7 @@ from cases import LAYOUT_CASES, SPREAD_CASES, has
 from checks import check, drawing, gathering, measuring
 from megatron.core import parallel_state
 from ranks import add_to, found_by_all, join
+from small_models import build_stage
 from torch import multiprocessing
 
 
@@ -67,7 +68,7 @@ class Training:
 
     Args:
         layout: The ranks.
-        model: For `training.build_stage`.
+        model: For `small_models.build_stage`.
         distributed: For `training.train`.
         since: The version of Megatron Core that has it.
         untaught: The layers in which experts that are never selected teach the router nothing.
@@ -136,7 +137,7 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
 
 def train(way: Training) -> dict[str, Any]:
     """On this rank."""
-    model = training.build_stage(**{"moe_densemixer": {"metrics": True}, **way.model})
+    model = build_stage(**{"moe_densemixer": {"metrics": True}, **way.model})
     return training.train(model, steps=3, **way.distributed)
 
 

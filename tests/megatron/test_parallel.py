@@ -17,7 +17,7 @@ import torch
 from cases import has
 from layouts import LAYOUTS, TRAININGS, Layout, Training, cells, train
 from ranks import run_script
-from training import DEAD
+from small_models import DEAD
 
 CELLS = [(layout, cell) for layout in LAYOUTS for cell in cells(LAYOUTS[layout])]
 BUDGET, METRICS = "budget", "metrics"

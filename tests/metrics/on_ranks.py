@@ -17,7 +17,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from running.two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config, zero_trainer
+from running.shares import backward, my_share, wrap_fsdp1, wrap_fsdp2
+from running.zero import zero_config, zero_trainer
 from runs import loss_of
 from setting import batch, build, checkpoint
 from torch.nn.parallel import DistributedDataParallel
