@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
@@ -258,7 +257,6 @@ def trained(data: Tensor, steps: int) -> tuple[Qwen3MoeForCausalLM, Tensor]:
 
 def demo_model(steps: int) -> tuple[Any, Tensor]:
     """The demo's start model, and the library in its tokens."""
-    sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
     import model as start
     from data import library_files
     from settings import Settings

@@ -17,6 +17,8 @@ CI = Path(__file__).parent.resolve()
 ROOT = CI.parent
 ORIGINAL = ROOT / ".nox" / "original.pt"
 WHEELS = ROOT / ".nox" / "wheels"
+DEMO = {"PYTHONPATH": str(ROOT / "examples" / "demo")}
+"""For programs that use data and models of the demo."""
 
 # Two at a time. The tests of a file share what it takes long to set up. Files in the order of the arguments: those
 # that take long first, so that no worker waits for the other in the end.
@@ -113,42 +115,53 @@ def original(session: nox.Session) -> None:
     session.run("python", "tests/parity/original.py", str(ORIGINAL), env={"HF_HUB_OFFLINE": "1"})
 
 
-RUN_ONCE = (
-    "running/test_examples.py",
-    "running/test_metrics_on_ranks.py",
-    "transformers/test_benchmarks.py",
-    "transformers/test_clear_errors.py",
-    "transformers/test_commands_on_pages.py",
-    "transformers/test_copies.py",
-    "transformers/test_float16_overflow.py",
-    "transformers/test_function_transforms.py",
-    "transformers/test_in_place.py",
-    "transformers/test_layers_option.py",
-    "transformers/test_nothing_is_kept.py",
-    "transformers/test_report.py",
-    "transformers/test_second_derivative.py",
-    "transformers/test_stress.py",
-    "transformers/test_threads.py",
-    "transformers/test_unforeseen.py",
-    "transformers/test_verdict.py",
-    "transformers/test_wrapped_later.py",
+TRANSFORMERS = (
+    "tests/running",
+    "tests/transformers",
+    "tests/metrics",
+    "tests/cli",
+    "--ignore=tests/cli/test_doctor.py",  # which makes installs: it runs with LLaMA-Factory
+    "tests/parity",
 )
-"""What doesn't depend on the version of transformers, under the newest alone."""
+
+DEPENDS = (
+    "architectures",
+    "checkpointing",
+    "compile",
+    "errors",
+    "forward",
+    "gradients",
+    "output_is_checked",
+    "peft",
+    "quantised",
+    "router_kinds",
+    "routing_check",
+    "table",
+)
+"""Those tests of the transformers adapter that the version of transformers bears on most."""
+
+PLAINEST = "not test_matrix.py or test_cell and (plain or refused or fullgraph)"
+"""Each way of running in its plainest variation; of the other files all."""
+
+
+def install_transformers(session: nox.Session, pins: str) -> None:
+    install(session, f"transformers-{pins}")
+    install_deepspeed(session)
+    if pins == "5.5.4":
+        install_editable(session)
+    else:
+        install_wheel(session)
 
 
 @nox.session(requires=["original"])
 @nox.parametrize("pins", ["5.5.4", "5.23.0"])
 def transformers(session: nox.Session, pins: str) -> None:
-    """transformers adapter, ways of running: oldest version, editable; newest, a wheel, with what runs once."""
-    install(session, f"transformers-{pins}")
-    install_deepspeed(session)
-    tests = ["tests/running", "tests/transformers", "tests/parity"]
+    """Adapter, ways of running, metrics, command line: newest, a wheel. Oldest, editable: what depends on it."""
+    install_transformers(session, pins)
+    tests = ["tests/demo", "tests/experiments", "tests/benchmarks", *TRANSFORMERS]
     if pins == "5.5.4":
-        install_editable(session)
-        tests += [f"--ignore=tests/{once}" for once in RUN_ONCE]
-    else:
-        install_wheel(session)
-        tests = ["tests/demo", "tests/experiments", *tests]
+        depends = [f"tests/transformers/test_{name}.py" for name in DEPENDS]
+        tests = ["tests/running/test_matrix.py", *depends, "tests/parity", "-k", PLAINEST]
     run_tests(session, *tests, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
@@ -170,7 +183,7 @@ def llamafactory(session: nox.Session) -> None:
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    run_tests(session, "tests/llamafactory", "tests/boot", "tests/open_instruct")
+    run_tests(session, "tests/llamafactory", "tests/boot", "tests/cli/test_doctor.py", "tests/open_instruct")
 
 
 @nox.session
@@ -184,7 +197,10 @@ def verl(session: nox.Session) -> None:
     megatron = Path(session.virtualenv.location) / "megatron"
     if not megatron.exists():
         pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
-    run_tests(session, "tests/verl", "tests/open_instruct/test_ray.py", env={"MEGATRON_CORE": str(megatron)})
+    files = ROOT.glob("tests/verl/test_*.py")
+    tests = sorted(files, key=lambda path: (path.stem not in ("test_ppo", "test_sft"), path.name))
+    env = {"MEGATRON_CORE": str(megatron)}
+    run_tests(session, *map(str, tests), "tests/open_instruct/test_ray.py", env=env)
 
 
 # The newest from 0.17 on wants Python 3.12, and the oldest has no build for it.
@@ -192,16 +208,31 @@ MEGATRON = {"0.13.1": ((3, 10), (3, 11)), "0.16.1": ((3, 10), (3, 13)), "0.19.2"
 """The versions of Megatron Core, and the first and last version of Python for each."""
 
 
-@nox.session
-@nox.parametrize("pins", list(MEGATRON))
-def megatron(session: nox.Session, pins: str) -> None:
-    """Megatron Core: layers and models on one, two and four processes, on the CPU."""
+def test_megatron(session: nox.Session, pins: str) -> None:
     first, last = MEGATRON[pins]
     if not first <= sys.version_info[:2] <= last:
         session.skip(f"Megatron Core {pins} needs Python {first[0]}.{first[1]} to {last[0]}.{last[1]}")
     install(session, f"megatron-{pins}")
     install_editable(session)
     run_tests(session, "tests/megatron")
+
+
+@nox.session
+@nox.parametrize("pins", ["0.16.1", "0.19.2"])
+def megatron(session: nox.Session, pins: str) -> None:
+    """Megatron Core: layers and models on one, two and four processes, on the CPU."""
+    test_megatron(session, pins)
+
+
+@nox.session(default=False, requires=["original"])
+@nox.parametrize("framework", ["transformers", "megatron"])
+def oldest(session: nox.Session, framework: str) -> None:
+    """All tests under the oldest version of a framework, of which the other sessions run some or none."""
+    if framework == "megatron":
+        test_megatron(session, "0.13.1")
+    else:
+        install_transformers(session, "5.5.4")
+        run_tests(session, *TRANSFORMERS, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
 # Says on a line of its own what is newer than an environment's pins.
@@ -274,7 +305,7 @@ def bench_budget(session: nox.Session) -> None:
     """How exact the extra gradient is at each budget."""
     install(session, "transformers-5.23.0")
     install_editable(session)
-    session.run("python", "benchmarks/budget_error.py", *session.posargs)
+    session.run("python", "benchmarks/budget_error.py", *session.posargs, env=DEMO)
 
 
 @nox.session(default=False)
@@ -282,7 +313,7 @@ def experiment(session: nox.Session) -> None:
     """Post-train a small Mixture-of-Experts model on two tasks, in five ways, with seeds, tuning and error bars."""
     install(session, "transformers-5.23.0")
     install_editable(session)
-    session.run("python", "experiments", *session.posargs)
+    session.run("python", "experiments", *session.posargs, env=DEMO)
 
 
 @nox.session(default=False)
@@ -290,4 +321,4 @@ def gradient_quality(session: nox.Session) -> None:
     """Compare the gradient of routers with the effect of changing the routing."""
     install(session, "transformers-5.23.0")
     install_editable(session)
-    session.run("python", "experiments/gradient_quality.py", *session.posargs)
+    session.run("python", "experiments/gradient_quality.py", *session.posargs, env=DEMO)

@@ -4,6 +4,10 @@ Pretrains a small model on the source of Python's standard library, then post-tr
 router, conventional, densemixer, centered, densemixer with a budget of 1/8) on two tasks: writing docstrings, by
 supervised fine-tuning, and completing statements so that a verifier accepts them, by reinforcement learning. Every arm
 has the same data in the same order, the same learning rates to choose from, and the same seeds. Nothing is downloaded.
+
+`make experiment` runs it with `examples/demo` in PYTHONPATH: data, batches and the measure of routing are the demo's.
+The folders: `start`, the text and the model that all begins with; `post_training`, this experiment; `quality`, what
+`gradient_quality.py` measures; `common`, what both need.
 """
 
 from __future__ import annotations
@@ -15,14 +19,13 @@ import os
 import time
 from pathlib import Path
 
-import figures
-import start
-import tables
-from arms import ARMS, BASELINE
-from options import add_common_options, console_for, environment, hardware, set_determinism
-from schedule import run_all
-from sizes import SIZES
-from training import Result
+from common.options import add_common_options, console_for, environment, hardware, set_determinism
+from common.sizes import SIZES
+from post_training import figures, tables
+from post_training.arms import ARMS, BASELINE
+from post_training.schedule import run_all
+from post_training.training import Result
+from start import model as start
 
 PARTS = {"results": tables.results_table, "routing": tables.routing_table, "tuning": tables.tuning_table}
 
@@ -49,7 +52,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python experiments", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_options(parser)
     parser.add_argument("--seeds", type=int, help="runs of each arm (default: as the size says)")

@@ -16,15 +16,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import quality_report
-import start
 import torch
-from forcing import effects, estimate, in_float64, predictions
-from options import add_common_options, console_for, environment, set_determinism
-from pairs import EFFECTS, Token, token
+from common.options import add_common_options, console_for, environment, set_determinism
+from common.sizes import SIZES, Size
+from quality import report
+from quality.forcing import effects, estimate, in_float64, predictions
+from quality.pairs import EFFECTS, Token, token
 from rich.console import Console
 from rich.progress import track
-from sizes import SIZES, Size
+from start import model as start
 from torch import Tensor
 
 from densemixer_core.routing import score_gradient_to_logits
@@ -43,18 +43,18 @@ def main() -> None:
     layers = measure(model, ids.to(options.device), size, console)
     (folder / "gradient_quality.pickle").write_bytes(pickle.dumps(layers))  # all pairs, for other questions
 
-    numbers, text = quality_report.numbers(layers), quality_report.tables(layers)
+    numbers, text = report.numbers(layers), report.tables(layers)
     facts = {"environment": environment(options.device), "size": dataclasses.asdict(size), "measures": numbers}
     (folder / "gradient_quality.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     (folder / "gradient_quality.md").write_text(text + "\n", encoding="utf-8")
-    quality_report.draw(layers, folder / "gradient_quality.png")
+    report.draw(layers, folder / "gradient_quality.png")
     console.print(text, markup=False, soft_wrap=True)
     console.print(f"\nTotal time: {(time.perf_counter() - began) / 60:.1f} min; {folder}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python experiments/gradient_quality.py",
+        prog="make gradient-quality",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -86,3 +86,11 @@ def worst_error(value: Tensor, truth: Tensor) -> float:
     """max |value − truth| / max |truth|, computed in float64."""
     truth = truth.double()
     return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+
+
+def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    """Each within the tolerance of the largest value of its truth."""
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        error, size = (value.double().abs().max().item() for value in (ours[name] - expected, expected))
+        assert error <= tolerance * size, name

@@ -1,11 +1,54 @@
-"""Tests on several processes that are forked from one, which has imported what takes long."""
+"""Tests on several processes: how a test starts a script that has them, how these meet, and what each of them found."""
 
 from __future__ import annotations
 
 import datetime
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+
+def run_script(script: Path, report: Path, *arguments: str, ranks: int = 1, **settings: str) -> Any:
+    """What a script of the tests writes to ``report``, its first argument, as JSON.
+
+    Args:
+        script: Runs with the modules that the running tests can import.
+        report: Where it writes.
+        arguments: What follows.
+        ranks: How many processes torchrun starts of it, if more than one.
+        settings: Of its environment.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    done = subprocess.run(
+        [sys.executable, *torchrun, str(script), str(report), *arguments],
+        env=environment(**settings),
+        capture_output=True,
+        text=True,
+        timeout=570,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(report.read_text())
+
+
+def environment(**settings: str) -> dict[str, str]:
+    """Of a process that has no GPU and no network, with some settings more."""
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        **settings,
+    }
 
 
 def join(rank: int, processes: int, store: str, seconds: int = 60) -> None:
@@ -24,3 +67,22 @@ def of_all_ranks(result: Any) -> list[Any]:
     results: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(results, result)
     return results
+
+
+def found_by_all(checks: Mapping[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+    """What each check found on each rank, or the error that stopped it there. Collective."""
+    found = {}
+    for name, check in checks.items():
+        try:
+            result = check()
+        except Exception:
+            result = {"failed": traceback.format_exc()}
+        found[name] = of_all_ranks(result)
+    return found
+
+
+def add_to(report: Path, results: dict[str, Any]) -> None:
+    """Write results to what a file has already, on the first rank."""
+    if dist.get_rank() == 0:
+        before = json.loads(report.read_text()) if report.exists() else {}
+        report.write_text(json.dumps(before | results))

@@ -159,30 +159,14 @@ WRONG: dict[str, tuple[str, dict[str, str]]] = {
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny_models
     import transformers
 
     folder = tmp_path_factory.mktemp("checkpoints")
-    tiny = dict(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=16,
-        moe_intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**tiny)).save_pretrained(folder / "qwen3")
-    transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**tiny)).save_pretrained(folder / "olmoe")
-    transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**tiny)).save_pretrained(folder / "dense")
-    llama4 = transformers.Llama4TextConfig(
-        **{**tiny, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 16}, rope_parameters=None
-    )
+    for name, model in {"qwen3": "Qwen3Moe", "olmoe": "Olmoe", "dense": "Qwen3"}.items():
+        tiny_models.build(model, **tiny_models.QWEN).save_pretrained(folder / name)
+    own = {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 16, "rope_parameters": None}
+    llama4 = transformers.Llama4TextConfig(**{**tiny_models.COMMON, **own})
     transformers.Llama4ForCausalLM(llama4).save_pretrained(folder / "llama4")
     return folder
 
@@ -338,7 +322,7 @@ def test_torchrun_and_models_that_zero3_partitions_as_they_are_loaded(full: Envi
         pytest.skip("needs deepspeed 0.19.8; run `nox -s llamafactory`")
     tests = Path(__file__).parents[1]
     variables = {
-        "PYTHONPATH": ":".join(str(folder) for folder in (tests, tests / "transformers", tests / "running")),
+        "PYTHONPATH": str(tests),
         # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
         "PATH": f"{full.scripts}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",

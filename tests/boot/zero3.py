@@ -9,45 +9,25 @@ import dataclasses
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
+from running.zero import zero_config
 from runs import loss_of
-from setting import batch, build, compare
+from setting import batch, compare, saved
 from transformers import AutoModelForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 2,
-    "zero_allow_untested_optimizer": True,
-    "zero_force_ds_cpu_optimizer": False,
-    "zero_optimization": {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 0,
-        "leaf_module": {"classes": []},  # DeepSpeed knows this class itself
-    },
-    "optimizer": {"type": "SGD", "params": {"lr": 0.0}},
-}
-
-
-def load() -> Any:
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    if dist.get_rank() == 0:
-        build().save_pretrained(folder[0])
-    dist.barrier()
-    return AutoModelForCausalLM.from_pretrained(folder[0], dtype=torch.float32).train()
+CONFIG = {**zero_config(3), "optimizer": {"type": "SGD", "params": {"lr": 0.0}}}
 
 
 def main(report: Path) -> None:
     deepspeed.init_distributed("gloo")
     zero3 = HfDeepSpeedConfig(CONFIG)  # transformers looks for it, as long as it lives
-    model = load()
+    model = AutoModelForCausalLM.from_pretrained(saved("qwen3_moe"), dtype=torch.float32).train()
     found = {
         "partitioned": all(hasattr(parameter, "ds_id") for parameter in model.parameters()),
         "leaf modules": get_z3_leaf_modules(model) == [layer.mlp for layer in model.model.layers],

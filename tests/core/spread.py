@@ -6,19 +6,18 @@ Usage: spread.py REPORT. The report is JSON: for each way what each rank found, 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
+import functools
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import oracle
 import torch
 import torch.distributed as dist
+from draws import bias
 from layers import concatenated
-from ranks import join, of_all_ranks
+from ranks import add_to, found_by_all, join
 from torch import Tensor, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -198,16 +197,11 @@ def check(name: str, way: Way) -> dict[str, Any]:
 
 def sample(layer: Layer, exact: Tensor) -> dict[str, Any]:
     """How far the mean over draws is from the exact numbers, in standard errors, in some directions."""
-    draws = []
-    for seed in range(DRAWS):
-        draws.append(layer.dots(budget=0.3, seed=seed).double())
-    stacked = torch.stack(draws)
-    directions = torch.randn(10, *exact.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    errors = torch.einsum("ste,dte->sd", stacked - exact, directions)
+    draws = torch.stack([layer.dots(budget=0.3, seed=seed).double() for seed in range(DRAWS)])
     return {
-        "bias": float((errors.mean(0).abs() / (errors.std(0) / math.sqrt(DRAWS))).max()),
-        "draw": oracle.relative_error(stacked[0], exact),
-        "mean": oracle.relative_error(stacked.mean(0), exact),
+        "bias": bias(draws, exact),
+        "draw": oracle.relative_error(draws[0], exact),
+        "mean": oracle.relative_error(draws.mean(0), exact),
     }
 
 
@@ -241,20 +235,9 @@ def count(layer: Layer, way: Way, budget: float) -> dict[str, float]:
 
 def run(rank: int, processes: int, store: str, report: Path) -> None:
     join(rank, processes, store)
-    results: dict[str, list[Any]] = {}
-    for name, way in WAYS.items():
-        if len(way.tokens) != processes:
-            continue
-        result: Any
-        try:
-            with torch.no_grad():
-                result = check(name, way)
-        except Exception:
-            result = {"failed": traceback.format_exc()}
-        results[name] = of_all_ranks(result)
-    if rank == 0:
-        before = json.loads(report.read_text()) if report.exists() else {}
-        report.write_text(json.dumps(before | results))
+    checks = {name: functools.partial(check, name, way) for name, way in WAYS.items() if len(way.tokens) == processes}
+    with torch.no_grad():
+        add_to(report, found_by_all(checks))
     dist.barrier()
     os._exit(0)  # threads of gloo may outlive what they belong to
 

@@ -11,6 +11,7 @@ import hypothesis.strategies as st
 import oracle
 import pytest
 import torch
+from draws import bias, standard_errors
 from hypothesis import given, settings
 from layers import Case, Layer
 from test_straight_through import LiveBytes, assert_equal_gradients, cases
@@ -40,9 +41,7 @@ def test_the_mean_over_seeds_is_the_exact_gradient(case: Case, estimator: str) -
     spread = (draws - truth).square().mean(0).sum().sqrt()
     assert spread > 0.03 * truth.norm()  # one draw is no more than an estimate
     assert (draws.mean(0) - truth).norm() < 0.12 * spread  # 0.07 is to be expected of 200 draws
-    directions = torch.randn(*truth.shape, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    errors = torch.einsum("seh,ehd->sd", draws - truth, directions)
-    assert (errors.mean(0).abs() < 4 * errors.std(0) / len(draws) ** 0.5).all()
+    assert bias(draws, truth) < 4
 
 
 def known_of(layer: Layer, sensitivity: torch.Tensor | None = None) -> Known:
@@ -97,12 +96,7 @@ def test_a_bias_of_a_tenth_of_a_draws_error_would_show(case: Case, count: int, c
     directions = torch.randn(10, *exact.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     directions[:2] = torch.stack([exact, known.along.expand_as(exact)])  # what is estimated, and by what
     errors = torch.einsum("ste,dte->sd", (draws - exact) * sensitivity, directions)
-
-    def bias(values: torch.Tensor) -> float:
-        """The largest, in standard errors of the mean."""
-        return float((values.mean(0).abs() / (values.std(0) / len(values) ** 0.5)).max())
-
-    assert bias(errors) < 3.5 < bias(errors + 0.1 * errors.std(0))
+    assert standard_errors(errors) < 3.5 < standard_errors(errors + 0.1 * errors.std(0))
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ranks import run_script
 from spread import COUNTED, SAMPLED, WAYS
 
 
@@ -19,12 +16,8 @@ from spread import COUNTED, SAMPLED, WAYS
 def report() -> dict[str, Any]:
     """What each rank found, by way."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        command = [sys.executable, str(Path(__file__).with_name("spread.py")), str(path)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        assert done.returncode == 0, done.stderr[-5000:]
-        return json.loads(path.read_text())
+        found: dict[str, Any] = run_script(Path(__file__).with_name("spread.py"), Path(folder) / "report.json")
+        return found
 
 
 def found(way: str) -> list[dict[str, Any]]:

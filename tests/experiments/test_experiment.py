@@ -11,20 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.significance import holm, mean_interval, paired
+from common.sizes import SIZES
+from post_training.arms import ARMS, attached
+from post_training.schedule import chosen_rates, tuning_jobs
+from post_training.statements import draw, ending_tokens, log_likelihoods, until_end
+from post_training.training import TASKS, Job, Result
 from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-import start
-from arms import ARMS, attached
-from corpus import Corpus
-from schedule import chosen_rates, tuning_jobs
-from significance import holm, mean_interval, paired
-from sizes import SIZES
-from statements import draw, ending_tokens, log_likelihoods, until_end
-from training import TASKS, Job, Result
-from verifier import reward
+from start import model as start
+from start.corpus import Corpus
+from start.verifier import reward
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+DEMO = EXPERIMENTS.parent / "examples" / "demo"
 SIZE = SIZES["tiny"]
 
 
@@ -32,12 +31,13 @@ SIZE = SIZES["tiny"]
 def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
     command = [sys.executable, EXPERIMENTS, "--size", "tiny", "--jobs", "1", "--output", folder]
+    path = [str(DEMO), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [*command, "--arms", "conventional", "densemixer"],
         capture_output=True,
         text=True,
         timeout=900,  # where other tests have the processor
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
     )
     assert done.returncode == 0, done.stderr
     assert "Total time" in done.stdout
@@ -72,9 +72,7 @@ def test_writes_tables_and_plots(output: Path) -> None:
     assert all(kind.title in text for kind in TASKS.values())
     assert "Difference from conventional" in text
     for name in ("post_training.png", "tuning.png"):
-        picture = (output / name).read_bytes()
-        assert picture.startswith(b"\x89PNG")
-        assert 10_000 < len(picture) < 150_000
+        assert (output / name).read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from common.sizes import SIZES
+from quality.agreement import agreement, cosine_of_sums
+from quality.forcing import Estimates, effects, estimate, in_float64, predictions, sequence_losses, unselected
 from scipy import stats
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
-from agreement import agreement, cosine_of_sums
-from forcing import Estimates, effects, estimate, in_float64, predictions, sequence_losses, unselected
-from sizes import SIZES
-from start import small_model
+from start.model import small_model
 from torch import Tensor
 
 SIZE = SIZES["tiny"]

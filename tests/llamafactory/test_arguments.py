@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from installs import run
 from llamafactory_runs import SCRIPTS, LlamaFactory
-from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from densemixer_adapters.environment import patch_modeling_utils
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError
@@ -228,10 +228,7 @@ def test_other_loaders_are_refused_before_anything_loads(arguments: dict[str, An
 
 
 def test_a_model_without_experts(arguments: dict[str, Any], llamafactory: LlamaFactory, tmp_path: Path) -> None:
-    config = Qwen3Config(
-        vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8
-    )
-    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "dense")
+    tiny_models.build("Qwen3", vocab_size=512).save_pretrained(tmp_path / "dense")
     for file in llamafactory.model.glob("*token*"):
         (tmp_path / "dense" / file.name).write_bytes(file.read_bytes())
     dense = {**arguments, "model_name_or_path": str(tmp_path / "dense")}

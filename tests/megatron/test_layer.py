@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
 import torch
-from megatron_setting import CASES, check
+from cases import CASES
+from checks import check
 
 CELLS = [(name, dispatcher) for name, case in CASES.items() for dispatcher in case.dispatchers]
 

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
 import torch
-from megatron_setting import Case, batch, build, run
+from cases import Case
+from moe_layer import batch, build, run
 from torch import Tensor
 from training import Writer, log
 

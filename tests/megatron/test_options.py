@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
 import megatron.core
+from cases import CASES, SPREAD_CASES
 from layouts import TRAININGS
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from megatron_setting import CASES, SPREAD_CASES, config
+from moe_layer import config
 
 from densemixer_adapters.megatron import FLAG
 from densemixer_adapters.megatron.refuse import REFUSED
@@ -50,7 +51,7 @@ def test_every_option_of_this_version_is_on_the_page() -> None:
     assert not unknown, (
         f"docs/megatron-options.md lacks options of Megatron Core {megatron.core.__version__}: {unknown}. See what "
         "each does to the router's logits and selection, the dispatch, the experts and where their weights are; test "
-        "it in tests/megatron/megatron_setting.py or refuse it in megatron_refuse.py, and add a row."
+        "it in tests/megatron/cases.py or refuse it in adapters/densemixer_adapters/megatron/refuse.py, and add a row."
     )
 
 

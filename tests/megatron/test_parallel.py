@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,30 +14,26 @@ pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s me
 
 import oracle
 import torch
+from cases import has
 from layouts import LAYOUTS, TRAININGS, Layout, Training, cells, train
-from megatron_setting import has
-from training import DEAD
+from ranks import run_script
+from small_models import DEAD
 
 CELLS = [(layout, cell) for layout in LAYOUTS for cell in cells(LAYOUTS[layout])]
 BUDGET, METRICS = "budget", "metrics"
 
 
 @functools.cache
-def report() -> dict[str, Any] | str:
-    """What each rank found, by layout and cell; or what stopped the processes."""
+def report() -> dict[str, Any]:
+    """What each rank found, by layout and cell."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        command = [sys.executable, str(Path(__file__).with_name("layouts.py")), str(path)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-        return json.loads(path.read_text()) if done.returncode == 0 else done.stderr[-5000:]
+        everything: dict[str, Any] = run_script(Path(__file__).with_name("layouts.py"), Path(folder) / "report.json")
+        return everything
 
 
 def found(layout: str, cell: str) -> list[Any]:
     """On each rank."""
-    everything = report()
-    assert isinstance(everything, dict), everything
-    ranks: list[Any] = everything[f"{layout}: {cell}"]
+    ranks: list[Any] = report()[f"{layout}: {cell}"]
     for result in ranks:
         assert "failed" not in result, result["failed"]
     return ranks

@@ -13,12 +13,13 @@ import pytest
 
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
+import small_models
 import torch
-import training
+from cases import CASES, EXPERTS, Case, has
 from layouts import HYBRID_EXPERTS
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron_setting import CASES, EXPERTS, Case, batch, build, config, has, run
+from moe_layer import batch, build, config, run
 from torch import nn
 
 from densemixer_adapters.cli.doctor import examine
@@ -382,16 +383,18 @@ def test_the_pattern_of_a_hybrid_model_says_which_layers_have_experts() -> None:
 def test_positions_that_a_hybrid_model_does_not_have(layers: Any) -> None:
     """It has two such layers among its five, and knows it before any is built."""
     with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
-        training.build(pattern="*E*E*", moe_densemixer={"layers": layers})
+        small_models.build(pattern="*E*E*", moe_densemixer={"layers": layers})
     with pytest.raises(ValueError, match="the model has 2 Mixture-of-Experts layers"):
-        apply_densemixer(training.build(pattern="*E*E*"), DenseMixerConfig(layers=layers))
+        apply_densemixer(small_models.build(pattern="*E*E*"), DenseMixerConfig(layers=layers))
 
 
 @hybrid
 @pytest.mark.parametrize("by_flag", [True, False])
 def test_layers_in_a_hybrid_model(by_flag: bool) -> None:
     options = DenseMixerConfig(layers=[-1])
-    model = training.build(pattern="*E*E*", is_hybrid_model=True, moe_densemixer={"layers": [-1]} if by_flag else False)
+    model = small_models.build(
+        pattern="*E*E*", is_hybrid_model=True, moe_densemixer={"layers": [-1]} if by_flag else False
+    )
     handle = attached_handle(model) if by_flag else apply_densemixer(model, options)
     assert [layer.block.layer_number for layer in handle.layers if layer.is_selected()] == [4]
 
@@ -399,7 +402,7 @@ def test_layers_in_a_hybrid_model(by_flag: bool) -> None:
 @hybrid
 def test_layers_in_a_part_of_a_hybrid_model() -> None:
     """Its pattern isn't known there, and moe_layer_freq, which is 1, would mean others."""
-    part = training.build(pattern="*E*E*").decoder.layers
+    part = small_models.build(pattern="*E*E*").decoder.layers
     with pytest.raises(ValueError, match=r"experts in layers \[1, 2, 3, 4, 5\], but of this rank's, layers \[2, 4\]"):
         apply_densemixer(part, DenseMixerConfig(layers=[0]))
     assert len(apply_densemixer(part).layers) == 2

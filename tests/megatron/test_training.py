@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("megatron.core", reason="needs megatron-core; run `nox -s megatron`")
 
 import torch
-from training import DEAD, build, forward_backward, train, wrap
+from small_models import DEAD, build
+from training import forward_backward, train, wrap
 
 from densemixer_adapters.megatron import apply_densemixer, attached_handle
 
@@ -27,8 +28,8 @@ import cpu, json, sys, torch.distributed as dist
 from megatron.core import parallel_state
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
-import training
-print(json.dumps(training.train(training.build())))
+import small_models, training
+print(json.dumps(training.train(small_models.build())))
 assert "densemixer_core" not in sys.modules
 """
 

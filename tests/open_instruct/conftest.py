@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS / "running"), str(TESTS / "transformers")]  # whose model, batch and oracle are used here
 
 
 @pytest.fixture(scope="session")

@@ -38,42 +38,20 @@ CACHES = {"finetune": "--dataset_cache_mode", "dpo_tune_cache": "--cache_mode"}
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hub's cache with a model `my/moe`, as HF_HOME, and data for each script."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    import tiny_models
 
     home = tmp_path_factory.mktemp("hub")
     cache, revision = home / "hub" / "models--my--moe", "0" * 40
     (cache / "refs").mkdir(parents=True)
     (cache / "refs" / "main").write_text(revision)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = {word: n for n, word in enumerate(["<end>", "<pad>", *letters])}
-    plain = Tokenizer(models.BPE(words, []))
-    plain.pre_tokenizer, plain.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="<end>", pad_token="<pad>")
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    tokenizer = tiny_models.byte_tokenizer("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
     tokenizer.save_pretrained(cache / "snapshots" / revision)
-    config = transformers.Qwen3MoeConfig(
-        vocab_size=len(words),
-        hidden_size=64,
-        intermediate_size=64,
-        moe_intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        num_experts=8,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        bos_token_id=None,
-        eos_token_id=0,
-        pad_token_id=1,
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen3MoeForCausalLM(config)
+    ends = dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model = tiny_models.build("Qwen3Moe", **tiny_models.QWEN, vocab_size=len(tokenizer), **ends)
     with torch.no_grad():
         for layer in model.model.layers:
-            weight = layer.mlp.gate.weight.normal_(std=0.2)
-            weight[1], weight[3], weight[4:] = -weight[0], -weight[2], 0
+            layer.mlp.gate.weight.normal_(std=0.2)
+    tiny_models.make_half_unreachable(model)
     model.bfloat16().save_pretrained(cache / "snapshots" / revision)
     turns = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "yes " * n}] for n in range(2, 10)]
     data = {

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import math
-import os
-import subprocess
-import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +25,17 @@ MATRIX: dict[str, dict[str, tuple[str, ...]]] = {
         "autocast float16, GradScaler": HALF,
         "torch.compile": (
             "plain",
-            "layer by layer",
             "fullgraph after a step without",
             *CHECKPOINTING[:2],
-            "inductor",
-            "gpt-oss",
+            "inductor by layers",
+            "gpt-oss by layers",
         ),
         "Trainer": TRAINER,
         "SFTTrainer": (*TRAINER, "packing"),
         "DPOTrainer": TRAINER,
         "GRPOTrainer": TRAINER,
     },
-    "liger": {"Liger": ("rotary embedding and cross entropy", "and experts", "applied before the model is made")},
+    "liger": {"Liger": ("all but RMSNorm", "applied before the model is made")},
     "two_ranks": {
         "DDP": (*COMMON, "static graph", "find unused parameters"),
         "FSDP1, use_orig_params=True": (*FSDP, "SHARD_GRAD_OP"),
@@ -122,7 +118,7 @@ def processes(layout: dict[str, int]) -> int:
     return math.prod(size for name, size in layout.items() if name != "ep_size")
 
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     # Triton's kernels run on the CPU, without timing them for the best settings first.
     "liger": {"TRITON_INTERPRET": "1", "LIGER_FUSED_MOE_AUTOTUNE": "0"},
     "parallel": {"DENSEMIXER_ENABLED": "1"},
@@ -150,32 +146,13 @@ def report_of(script: str, version: str) -> Path:
     return REPORTS / f"{version}-{script}.json"
 
 
-def run(script: str) -> dict[str, Any]:
-    """Run a script of this folder with the running Python. It leaves its report in ``outputs/running``."""
+def run(script: str, cells: Collection[str] = ()) -> dict[str, Any]:
+    """Run cells of a script of this folder, by default all of them. It leaves its report in ``outputs/running``."""
+    from ranks import run_script  # not there where `matrix_table` alone runs
+
     report = report_of(script, installed())
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if script == "two_ranks" else []
-    done = subprocess.run(
-        [sys.executable, *ranks, str(HERE / f"{script}.py"), str(report)],
-        env=environment(**SETTINGS.get(script, {})),
-        capture_output=True,
-        text=True,
-        timeout=570,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(report.read_text())
-
-
-def environment(**more: str) -> dict[str, str]:
-    tests = [str(HERE.parent), str(HERE.parent / "transformers")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*tests, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        **more,
-    }
+    settings = {"ranks": 2 if script == "two_ranks" else 1, **SETTINGS.get(script, {})}
+    found: dict[str, Any] = run_script(HERE / f"{script}.py", report, *cells, **settings)
+    return found

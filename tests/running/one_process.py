@@ -1,4 +1,4 @@
-"""Runs the cells of the matrix that need one process. Usage: one_process.py REPORT [PART OF A NAME]."""
+"""Runs the cells of the matrix that need one process. Usage: one_process.py REPORT [CELL]..."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from runs import loss_of, selections
 from setting import (
     FAMILIES,
     FAMILY,
-    Cells,
     Result,
     batch,
     build,
     checkpoint,
+    chosen,
     compare,
     gradients_of,
     judge_half,
@@ -123,21 +123,15 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
     # Fast to compile, as far as torch traces the model; then one case in which code is generated too.
     way, eager = "torch.compile", functools.partial(compiled, "aot_eager")
     yield f"{way}: plain", eager
-    yield f"{way}: layer by layer", functools.partial(eager, regional=True)
-    yield f"{way}: gpt-oss", functools.partial(eager, family="gpt_oss")
+    yield f"{way}: gpt-oss by layers", functools.partial(eager, family="gpt_oss", regional=True)
     # The backward of grouped_mm on the CPU in transformers 5.5.4 is no full graph.
     whole = functools.partial(compiled, eager_first=True, fullgraph=True, implementation="batched_mm")
     yield f"{way}: fullgraph after a step without", functools.partial(whole, "aot_eager")
     for kind in ("non-reentrant", "reentrant"):
         yield f"{way}: checkpointing {kind}", functools.partial(eager, kind)
-    yield f"{way}: inductor", functools.partial(whole, "inductor", regional=True)
+    yield f"{way}: inductor by layers", functools.partial(whole, "inductor", regional=True)
     yield from trainers.cells()
 
 
-def main(report: Path, part: str = "") -> None:
-    wanted: Cells = {name: cell for name, cell in cells() if part in name}
-    run(wanted, report)
-
-
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    run(chosen(cells(), sys.argv[2:]), Path(sys.argv[1]))

@@ -1,6 +1,6 @@
 """Each architecture of the installed transformers on two ranks, by expert and by tensor parallelism.
 
-Usage: PYTHONPATH=tests:tests/transformers python tests/running/parallel_sweep.py [FOLDER]...
+Usage: PYTHONPATH=tests python tests/running/parallel_sweep.py [FOLDER]...
 
 For each it prints how far the gradients are from those of one process: conventional ones, which are the host's affair,
 and the routers' with DenseMixer, which one process computes as `tests/transformers/test_architectures.py` shows. No

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import matrix
@@ -14,6 +13,7 @@ import pytest
 import torch
 from installs import is_installed
 from packaging.version import Version
+from ranks import environment
 from safetensors.torch import load_file
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -31,7 +31,7 @@ def follow(example: str, folder: Path) -> str:
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", commands],
         cwd=here,
-        env={**matrix.environment(), "PATH": f"{Path(sys.executable).parent}:{matrix.environment()['PATH']}"},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

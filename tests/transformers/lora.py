@@ -6,7 +6,6 @@ import copy
 import types
 from typing import Any
 
-import oracle
 import peft
 import torch
 from families import Family
@@ -100,9 +99,3 @@ def router_gradients(family: Family, found: dict[str, Tensor]) -> dict[str, Tens
     gradients = {name: value for name, value in found.items() if f".mlp.{family.router}." in name}
     assert gradients
     return gradients
-
-
-def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert ours.keys() == truth.keys()
-    for name, expected in truth.items():
-        assert oracle.worst_error(ours[name], expected) <= tolerance, name

@@ -90,13 +90,6 @@ def tokens(count: int, seed: int = 0, hidden: int = HIDDEN) -> tuple[Tensor, Ten
     return x, g
 
 
-def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert ours.keys() == truth.keys()
-    for name, expected in truth.items():
-        error, size = ((value.double()).abs().max().item() for value in (ours[name] - expected, expected))
-        assert error <= tolerance * size, name
-
-
 def scored_low(layer: Single, levels: list[float], seed: int = 0) -> tuple[Tensor, Tensor]:
     """Tokens of which each has logits about its level, for all experts; one that is 0 leaves the token as it comes."""
     x, g = tokens(len(levels), seed)

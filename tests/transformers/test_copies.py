@@ -15,8 +15,8 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from formulas import FORMULAS, dense
+from oracle import assert_close
 from runs import gradients, loss_of, selections
-from single import assert_close
 from sweep import step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel

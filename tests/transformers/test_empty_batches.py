@@ -10,7 +10,8 @@ import pytest
 import torch
 from families import IMPLEMENTATIONS
 from formulas import FORMULAS, dense
-from single import Single, assert_close, run, tokens
+from oracle import assert_close
+from single import Single, run, tokens
 from torch import Tensor, nn
 
 from densemixer_adapters.metrics.gradients import RouterMeter

@@ -6,9 +6,10 @@ import logging
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 import transformers
-from families import COMMON, FAMILIES
+from families import FAMILIES
 from runs import gradients, loss_of
 from torch import nn
 
@@ -25,7 +26,7 @@ def test_twice() -> None:
 
 
 def test_a_model_without_moe_layers() -> None:
-    options = {key: value for key, value in COMMON.items() if key != "num_experts_per_tok"}
+    options = {key: value for key, value in tiny_models.COMMON.items() if key != "num_experts_per_tok"}
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM has no Mixture-of-Experts layers"):
         apply_densemixer(model)

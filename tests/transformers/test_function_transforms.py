@@ -11,7 +11,7 @@ import pytest
 import torch
 from blocks import ESTIMATORS, KINDS, block_gradients, block_of, block_truth, data, tensor_of
 from families import FAMILIES
-from lora import assert_close
+from oracle import assert_close
 from runs import loss_of
 from torch import Tensor, nn
 from torch.autograd import forward_ad

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from formulas import FORMULAS, Formula, linear
-from single import Single, assert_close, router_of, tokens
+from oracle import assert_close
+from single import Single, router_of, tokens
 from torch import Tensor, nn
 
 from densemixer_adapters.transformers import apply_densemixer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from blocks import ESTIMATORS, KINDS, block_gradients, block_of, block_truth, data, tensor_of
 from families import FAMILIES, IMPLEMENTATIONS
-from lora import assert_close
+from oracle import assert_close
 from runs import gradients
 from torch import Tensor, nn
 from torch.nn import functional as F

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import tiny_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig
@@ -14,23 +16,10 @@ from densemixer_core import DenseMixerConfig
 BOUND = st.none() | st.integers(-12, 12)
 
 
-def model(layers: int = 3) -> Qwen3MoeForCausalLM:
+def model(layers: int = 3) -> Any:
     """Dense layers in between, so that positions among MoE layers and among all layers differ."""
-    torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=16,
-        moe_intermediate_size=8,
-        num_hidden_layers=2 * layers,
-        mlp_only_layers=list(range(0, 2 * layers, 2)),
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        num_experts=4,
-        num_experts_per_tok=2,
-    )
-    return Qwen3MoeForCausalLM(config)
+    dense = list(range(0, 2 * layers, 2))
+    return tiny_models.qwen3_moe(num_hidden_layers=2 * layers, mlp_only_layers=dense)
 
 
 @given(count=st.integers(1, 8), positions=st.lists(st.integers(-12, 12), min_size=1))

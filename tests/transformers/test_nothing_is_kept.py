@@ -13,8 +13,8 @@ from blocks import ESTIMATORS, KINDS, block_gradients, block_of, block_truth, da
 from failures import FAILURES, fail_after_experts, fail_after_router, fail_in_experts, failing
 from families import FAMILIES, tokens
 from living import living_bytes, peak_bytes
-from lora import assert_close, wrapped
-from oracle import Float64
+from lora import wrapped
+from oracle import Float64, assert_close
 from runs import gradients, loss_of, selections
 from torch import Tensor, nn
 

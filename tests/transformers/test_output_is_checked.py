@@ -15,7 +15,8 @@ import pytest
 import torch
 from families import IMPLEMENTATIONS
 from formulas import FORMULAS
-from single import HIDDEN, Single, assert_close, run, tokens
+from oracle import assert_close
+from single import HIDDEN, Single, run, tokens
 from sweep import step
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, batched_mm_experts_forward

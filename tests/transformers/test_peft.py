@@ -13,7 +13,8 @@ import pytest
 import torch
 from families import FAMILIES, IMPLEMENTATIONS, Family
 from living import living_bytes
-from lora import VARIANTS, assert_close, lora_config, one_adapter_only, router_gradients, truth_of, wrapped
+from lora import VARIANTS, lora_config, one_adapter_only, router_gradients, truth_of, wrapped
+from oracle import assert_close
 from runs import Operations, gradients, loss_of, selections
 from torch import Tensor, nn
 

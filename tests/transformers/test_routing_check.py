@@ -13,7 +13,8 @@ import architectures
 import pytest
 import torch
 from formulas import FORMULAS
-from single import Single, assert_close, run, scored_low, tokens
+from oracle import assert_close
+from single import Single, run, scored_low, tokens
 
 from densemixer_adapters.transformers import apply_densemixer, routers
 from densemixer_core import DenseMixerConfig, RoutingMismatchError

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from single import Single, assert_close, run, tokens
+from oracle import assert_close
+from single import Single, run, tokens
 from torch import Tensor
 
 from densemixer_adapters.transformers import apply_densemixer

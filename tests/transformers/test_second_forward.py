@@ -9,8 +9,8 @@ import pytest
 import torch
 from blocks import ESTIMATORS, KINDS, collected
 from families import FAMILIES, Family, tokens
-from lora import assert_close, lora_config, one_adapter_only, router_gradients, truth_of, wrapped
-from oracle import Float64
+from lora import lora_config, one_adapter_only, router_gradients, truth_of, wrapped
+from oracle import Float64, assert_close
 from peft import PeftModel
 from runs import loss_of, selections
 from torch import Tensor

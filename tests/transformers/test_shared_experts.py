@@ -12,8 +12,7 @@ import pytest
 import torch
 from blocks import KINDS, block_of, collected, data, selected, tensor_of
 from families import FAMILIES, Family
-from lora import assert_close
-from oracle import Float64
+from oracle import Float64, assert_close
 from runs import gradients, loss_of, selections
 from torch import Tensor, nn
 

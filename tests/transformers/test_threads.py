@@ -16,9 +16,10 @@ import torch
 from blocks import replica
 from families import FAMILIES
 from families import tokens as ids
+from oracle import assert_close
 from runs import gradients as model_gradients
 from runs import selections
-from single import Single, assert_close, run, tokens
+from single import Single, run, tokens
 from torch import Tensor, nn
 
 from densemixer_adapters.metrics.gradients import RouterMeter

@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from formulas import FORMULAS
-from single import Single, assert_close, scored_low
+from oracle import assert_close
+from single import Single, scored_low
 from torch import Tensor
 
 from densemixer_adapters.transformers import apply_densemixer

@@ -9,7 +9,7 @@ import pytest
 import torch
 from blocks import block_gradients, block_of, block_truth, data, tensor_of
 from families import FAMILIES, tokens
-from lora import assert_close
+from oracle import assert_close
 from runs import gradients
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper

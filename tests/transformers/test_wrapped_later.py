@@ -10,8 +10,8 @@ import pytest
 import torch
 from blocks import KINDS
 from families import FAMILIES, Family
-from lora import assert_close, router_gradients, truth_of, wrapped
-from oracle import Float64
+from lora import router_gradients, truth_of, wrapped
+from oracle import Float64, assert_close
 from runs import gradients, selections
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (

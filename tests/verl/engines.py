@@ -91,6 +91,7 @@ def build(assets: Path, override: dict[str, Any], model: dict[str, Any], engine:
                 "use_torch_compile": False,
                 "use_dynamic_bsz": False,
                 "micro_batch_size_per_gpu": 2,
+                "infer_micro_batch_size_per_gpu": 2,
                 **engine,
             }
         ),
@@ -165,9 +166,12 @@ def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: d
             return {"error": f"{type(error).__name__}: {error}"}
         if engine.get("forward_only"):
             return {"layers": count_layers(worker.engine.module)}
+        if not model and not engine:
+            worker.infer_batch(make_batch())
         output = worker.train_batch(make_batch())
     if dist.get_rank() > 0:
         return {}  # verl collects from the first rank of a group that shares its tokens
+    counted = Path(os.environ["RECORDS"]) / "actor-ops-0.jsonl"
     options = override.get(
         "densemixer", override.get("model_config", {}).get("densemixer", {"estimator": "conventional"})
     )
@@ -185,6 +189,7 @@ def run(assets: Path, override: dict[str, Any], model: dict[str, Any], engine: d
         "metrics": metrics,
         "warnings": warnings,
         "expected": expected_metrics(found, estimator),
+        "operations without gradients": json.loads(counted.read_text()) if counted.exists() else None,
     }
 
 

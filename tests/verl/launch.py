@@ -32,6 +32,7 @@ PPO = shlex.split(
     actor_rollout_ref.ref.fsdp_config.model_dtype=fp32
     actor_rollout_ref.actor.optim.lr=1e-2 actor_rollout_ref.actor.ppo_mini_batch_size=4
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4
+    actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.001
     actor_rollout_ref.rollout.name=hf actor_rollout_ref.rollout.load_format=auto
     actor_rollout_ref.rollout.tensor_model_parallel_size=1 actor_rollout_ref.rollout.agent.num_workers=1
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=4
@@ -46,12 +47,11 @@ PPO = shlex.split(
 GRPO = shlex.split(
     """
     algorithm.adv_estimator=grpo actor_rollout_ref.rollout.n=4
-    actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.001
 """
 )
 GAE = shlex.split(
     """
-    algorithm.adv_estimator=gae actor_rollout_ref.rollout.n=1 actor_rollout_ref.actor.use_kl_loss=False
+    algorithm.adv_estimator=gae actor_rollout_ref.rollout.n=1
     critic.strategy=fsdp2 critic.fsdp.model_dtype=fp32 critic.fsdp.use_torch_compile=False
     +critic.fsdp.mixed_precision.param_dtype=fp32
     critic.model.use_remove_padding=False +critic.model.override_config.attn_implementation=sdpa

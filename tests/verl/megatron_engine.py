@@ -17,6 +17,7 @@ from megatron.core import parallel_state
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 parallel_state.initialize_model_parallel()
 
+import small_models  # noqa: E402
 import training  # noqa: E402
 from transformers import Qwen3MoeConfig  # noqa: E402
 from verl.models.mcore import hf_to_mcore_config  # noqa: E402
@@ -39,7 +40,7 @@ def convert(options: Any) -> Any:
 
 def update(options: Any) -> tuple[dict[str, float], float]:
     """The metrics of one update, and the norm of the routers' gradients as Megatron has them."""
-    (model,) = chunks = training.build_stage(moe_densemixer=options)
+    (model,) = chunks = small_models.build_stage(moe_densemixer=options)
     engine: Any = object.__new__(MegatronEngineWithLMHead)
     engine.engine_config = McoreEngineConfig()
     engine.module, engine.optimizer = training.wrap(chunks)

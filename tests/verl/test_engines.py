@@ -68,6 +68,12 @@ def test_nothing_is_attached_where_nothing_is_trained_or_wanted(report: dict[str
     assert report["off"]["metrics"] == {}
 
 
+def test_passes_without_gradients_run_no_operation_more(report: dict[str, Any]) -> None:
+    counts = {name: report[name]["operations without gradients"] for name in ("off", "plain", "centered", "nested")}
+    assert set(counts.values()) == {counts["off"]}
+    assert counts["off"] > 0
+
+
 def test_the_key_takes_precedence_over_the_environment(report: dict[str, Any]) -> None:
     assert report["environment"]["layers"] == 2
     assert report["environment, off"]["layers"] == 0

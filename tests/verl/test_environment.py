@@ -10,8 +10,8 @@ ACTOR = Path(__file__).parent / "support" / "ray_actor.py"
 
 
 def test_actors_inherit_it(assets: Path, tmp_path: Path) -> None:
-    from assets import REACHABLE
     from launch import execute
+    from tiny_models import REACHABLE
 
     report = tmp_path / "report.json"
     command = [sys.executable, ACTOR, assets / "half_dead", report]

@@ -9,15 +9,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import start
 import torch
-from arms import attached
-from corpus import Corpus
-from demo_code import routing_change, selected_experts
-from docstrings import Docstrings
-from sizes import Size
-from statements import Statements
-from tasks import Task
+from common.sizes import Size
+from post_training.arms import attached
+from post_training.docstrings import Docstrings
+from post_training.statements import Statements
+from post_training.tasks import Task
+from probe import routing_change, selected_experts
+from start import model as start
+from start.corpus import Corpus
 from transformers import get_cosine_schedule_with_warmup
 
 from densemixer_adapters.metrics.names import NORM, SHARE

@@ -11,11 +11,11 @@ import random
 from typing import Any
 
 import torch
-from corpus import Corpus, Prompt
-from demo_code import Batch
-from sizes import Size
+from batches import Batch
+from common.sizes import Size
+from start.corpus import Corpus, Prompt
+from start.verifier import reward
 from torch import Tensor
-from verifier import reward
 
 HELD_OUT_PROMPTS = 64  # at a time
 

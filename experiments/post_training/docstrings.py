@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from corpus import Corpus
-from demo_code import Batch, collate, schedule
-from sizes import Size
+from batches import Batch, collate, schedule
+from common.sizes import Size
+from start.corpus import Corpus
 from torch import Tensor
 
 HELD_OUT_ROWS = 32

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from arms import ARMS
+from common.significance import mean_interval
 from matplotlib.figure import Figure
-from schedule import tuned
-from significance import mean_interval
-from tables import outcomes
-from training import TASKS, Result
+from post_training.arms import ARMS
+from post_training.schedule import tuned
+from post_training.tables import outcomes
+from post_training.training import TASKS, Result
 
 COLOURS = dict(zip(ARMS, ("tab:gray", "tab:blue", "tab:orange", "tab:green", "tab:red"), strict=True))
 

@@ -13,34 +13,19 @@ from collections.abc import Callable
 from typing import Any
 
 import oracle
+import tiny_models
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 IMPLEMENTATIONS = ["eager", "batched_mm", "grouped_mm"]
-
-COMMON = dict(
-    vocab_size=128,
-    hidden_size=64,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    num_experts_per_tok=2,
-    max_position_embeddings=64,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A model family: how to build a tiny one, and the formula of its layers."""
 
-    config: str
-    model: str
+    name: str
     options: dict[str, Any]
     score: Callable[[Tensor], Tensor]
     renormalised: bool
@@ -48,17 +33,10 @@ class Family:
     router: str = "gate"
 
     def build(self, implementation: str = "grouped_mm", seed: int = 0, **overrides: Any) -> nn.Module:
-        config = getattr(transformers, self.config)(**{**COMMON, **self.options, **overrides})
-        config._experts_implementation = implementation
-        torch.manual_seed(seed)
-        model = getattr(transformers, self.model)(config)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "norm" not in name:
-                    parameter.normal_(std=0.2)
-            for name, buffer in model.named_buffers():
-                if name.endswith("e_score_correction_bias"):
-                    buffer.normal_(std=0.1)
+        model: nn.Module = tiny_models.build(self.name, seed, implementation, **{**self.options, **overrides})
+        tiny_models.randomise(model.named_parameters())
+        biases = [each for each in model.named_buffers() if each[0].endswith("e_score_correction_bias")]
+        tiny_models.randomise(biases, std=0.1)
         return model.train()
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
@@ -73,7 +51,7 @@ class Family:
         )
 
     def _expert(self, experts: Any, j: int) -> Callable[[Tensor], Tensor]:
-        if self.config == "GptOssConfig":
+        if self.name == "GptOss":
             return lambda x: _gpt_oss_expert(experts, j, x)
         gate, up = experts.gate_up_proj[j].chunk(2)
         return oracle.gated_expert(gate, up, experts.down_proj[j], F.silu)
@@ -102,7 +80,7 @@ class Family:
             if hasattr(block, "shared_experts"):
                 y = y + block.shared_experts(x)
             y = y.reshape(hidden_states.shape)
-            return (y, None) if self.config == "GptOssConfig" else y
+            return (y, None) if self.name == "GptOss" else y
 
         return forward
 
@@ -119,9 +97,8 @@ def _softmax(logits: Tensor) -> Tensor:
 
 def _qwen(prefix: str, renormalised: bool, **options: Any) -> Family:
     return Family(
-        f"{prefix}Config",
-        f"{prefix}ForCausalLM",
-        dict(num_experts=8, moe_intermediate_size=48, norm_topk_prob=renormalised, head_dim=16, **options),
+        prefix,
+        {**tiny_models.QWEN, "norm_topk_prob": renormalised, **options},
         _softmax,
         renormalised,
     )
@@ -129,7 +106,7 @@ def _qwen(prefix: str, renormalised: bool, **options: Any) -> Family:
 
 def _olmoe(renormalised: bool) -> Family:
     options = dict(num_experts=8, norm_topk_prob=renormalised)
-    return Family("OlmoeConfig", "OlmoeForCausalLM", options, _softmax, renormalised)
+    return Family("Olmoe", options, _softmax, renormalised)
 
 
 def _deepseek(renormalised: bool, scaling: float) -> Family:
@@ -149,7 +126,7 @@ def _deepseek(renormalised: bool, scaling: float) -> Family:
         qk_nope_head_dim=8,
         v_head_dim=16,
     )
-    return Family("DeepseekV3Config", "DeepseekV3ForCausalLM", options, torch.sigmoid, renormalised, scaling)
+    return Family("DeepseekV3", options, torch.sigmoid, renormalised, scaling)
 
 
 FAMILIES: dict[str, Family] = {
@@ -159,12 +136,11 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe-not-renormalised": _qwen("Qwen3Moe", False),
     "olmoe": _olmoe(False),
     "olmoe-renormalised": _olmoe(True),
-    "mixtral": Family("MixtralConfig", "MixtralForCausalLM", dict(num_local_experts=8), _softmax, True),
+    "mixtral": Family("Mixtral", dict(num_local_experts=8), _softmax, True),
     "deepseek_v3": _deepseek(True, 2.5),
     "deepseek_v3-not-renormalised": _deepseek(False, 1.0),
     "gpt_oss": Family(
-        "GptOssConfig",
-        "GptOssForCausalLM",
+        "GptOss",
         dict(num_local_experts=8, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
         _softmax,
         True,

@@ -7,7 +7,7 @@ import functools
 import json
 import tempfile
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from densemixer_adapters.transformers import UnsupportedModelError
 
 FAMILY = FAMILIES["qwen3_moe"]
 TOLERANCE = 1e-5
+STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away
 
 Gradients = dict[str, Tensor]
 Cells = dict[str, Callable[[], "Result | str"]]
@@ -162,6 +163,12 @@ def checkpoint(model: Any, kind: str) -> None:
 def _keep_products(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     kept = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def chosen(cells: Iterable[tuple[str, Callable[[], Any]]], names: Sequence[str]) -> Cells:
+    """Those with these names; without names all of them."""
+    known = dict(cells)
+    return {name: known[name] for name in names or known}
 
 
 def run(cells: Cells, report: Path, write: bool = True) -> None:

@@ -8,14 +8,14 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from statistics import fmean
 
-import start
 import torch
-from arms import ARMS
-from corpus import Corpus
+from common.sizes import Size
+from post_training.arms import ARMS
+from post_training.training import TASKS, Job, Result, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from sizes import Size
-from training import TASKS, Job, Result, run
+from start import model as start
+from start.corpus import Corpus
 
 TUNING_SEED = 1000  # the first; those of the experiment itself begin at 0
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from common.sizes import SIZES
 from rich.console import Console
-from sizes import SIZES
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import tiny_models
 import torch
 import transformers
 from torch import Tensor, nn
@@ -212,9 +213,9 @@ def build(folder: str, cls: type[nn.Module] | None = None, **options: Any) -> nn
     torch.manual_seed(0)
     model = cls(config)
     with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if "norm" not in name and tensor.is_floating_point() and "inv_freq" not in name:
-                tensor.normal_(std=0.2)
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        tiny_models.randomise((name, tensor) for name, tensor in tensors if "inv_freq" not in name)
+        for name, tensor in tensors:
             if name.endswith("balancing_biases"):  # would decide alone
                 tensor.zero_()
             if name.endswith("tid2eid"):  # which experts each token id is sent to

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agreement import Agreement, Floats, agreement, cosine_of_sums, cosines, mean_by_token
+from common.markdown import interval, markdown
+from common.significance import Interval
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from pairs import EFFECTS, SWAP, Pairs, Token, stack
-from significance import Interval
-from tables import interval, markdown
+from quality.agreement import Agreement, Floats, agreement, cosine_of_sums, cosines, mean_by_token
+from quality.pairs import EFFECTS, SWAP, Pairs, Token, stack
 
 ESTIMATORS = ("densemixer", "centered")
 ALL_LAYERS = tuple(f"{name}, all layers" for name in ESTIMATORS)

@@ -1,4 +1,4 @@
-"""Router metrics on two ranks. Usage: torchrun --nproc-per-node 2 metrics_on_ranks.py REPORT.
+"""Router metrics on two ranks. Usage: torchrun --nproc-per-node 2 on_ranks.py REPORT.
 
 Each rank has half of the batch. Rank 0 writes JSON: for each setting the metrics of two steps, or the error.
 """
@@ -17,10 +17,11 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from running.shares import backward, my_share, wrap_fsdp1, wrap_fsdp2
+from running.zero import zero_config, zero_trainer
 from runs import loss_of
 from setting import batch, build, checkpoint
 from torch.nn.parallel import DistributedDataParallel
-from two_ranks import backward, my_share, wrap_fsdp1, wrap_fsdp2, zero_config, zero_trainer
 
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules

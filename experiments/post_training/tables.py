@@ -9,10 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-from arms import BASELINE
-from schedule import chosen_rates, tuned
-from significance import Comparison, Interval, holm, mean_interval, paired
-from training import TASKS, Job, Result
+from common.markdown import interval, markdown
+from common.significance import Comparison, Interval, holm, mean_interval, paired
+from post_training.arms import BASELINE
+from post_training.schedule import chosen_rates, tuned
+from post_training.training import TASKS, Job, Result
 
 
 class Outcome(NamedTuple):
@@ -116,17 +117,6 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
         writer.writerow([*(field.name for field in dataclasses.fields(Job)), *measures])
         for result in results:
             writer.writerow([*dataclasses.astuple(result.job), *(f"{getattr(result, name):.6g}" for name in measures)])
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the first column is text, the others are numbers."""
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def interval(value: Interval, spec: str) -> str:
-    """The mean, and its confidence interval in brackets."""
-    return f"{value.mean:{spec}} [{value.low:{spec}}, {value.high:{spec}}]"
 
 
 def percent(values: Sequence[float]) -> str:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import matrix
 import pytest
 from installs import is_installed
+from ranks import run_script
 
 SETTINGS = (
     "DDP",
@@ -29,18 +26,9 @@ pytestmark = pytest.mark.skipif(not is_installed("deepspeed"), reason="needs dee
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    file = tmp_path_factory.mktemp("metrics") / "report.json"
-    script = Path(__file__).with_name("metrics_on_ranks.py")
-    ranks = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [sys.executable, *ranks, str(script), str(file)],
-        env=matrix.environment(),
-        capture_output=True,
-        text=True,
-        timeout=570,
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return json.loads(file.read_text())
+    folder = tmp_path_factory.mktemp("metrics")
+    found: dict[str, Any] = run_script(Path(__file__).with_name("on_ranks.py"), folder / "report.json", ranks=2)
+    return found
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from demo_code import Batch
+from batches import Batch
 from torch import Tensor
 
 

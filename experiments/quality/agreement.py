@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+from common.significance import CONFIDENCE, Interval
 from numpy.typing import NDArray
 from scipy.stats import rankdata
-from significance import CONFIDENCE, Interval
 
 Floats = NDArray[np.float64]
 RESAMPLES = 1000

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus, make_corpus
+from common.sizes import Size
 from rich.console import Console
 from rich.progress import track
-from sizes import Size
+from start.corpus import Corpus, make_corpus
 from transformers import (
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,

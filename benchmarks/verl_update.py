@@ -1,8 +1,8 @@
 """What DenseMixer adds to an actor's update in verl, in time and memory, on this machine.
 
-Usage: python tests/verl/measure.py. verl's training worker updates a Qwen3-MoE of 4 layers with 32 experts, 4 of them
-selected, on one FSDP2 rank. For the time, two workers in one process take turns; for the memory, each has a process of
-its own.
+Usage: PYTHONPATH=tests/verl python benchmarks/verl_update.py; the tests have what lets verl run without a GPU. verl's
+training worker updates a Qwen3-MoE of 4 layers with 32 experts, 4 of them selected, on one FSDP2 rank. For the time,
+two workers in one process take turns; for the memory, each has a process of its own.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def measure(assets: Path, report: Path, *kinds: str) -> None:
 
 
 def main() -> None:
-    from launch import torchrun
+    from launch import HERE, torchrun
 
     with tempfile.TemporaryDirectory() as name:
         assets = Path(name)
         save_model(assets / "model")
         for kinds in (["on", "off"], ["on"], ["off"]):
             folder = assets / "-".join(kinds)
-            environment = {"VERL_USE_EXTERNAL_MODULES": "cpu_platform,hf_rollout"}
+            environment = {"VERL_USE_EXTERNAL_MODULES": "cpu_platform,hf_rollout", "FIRST": str(HERE)}
             torchrun(folder, Path(__file__), assets, folder / "report.json", *kinds, ranks=1, **environment).check()
             print(*kinds, (folder / "report.json").read_text(), flush=True)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from agreement import Floats
-from forcing import Effects
 from numpy.typing import NDArray
+from quality.agreement import Floats
+from quality.forcing import Effects
 from torch import Tensor
 
 EFFECTS = {1.0: "add", 0.1: "add 1/10", 0.001: "add 1/1000"}

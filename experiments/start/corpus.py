@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from demo_code import Encoded, encode, library_examples, library_files, train_tokenizer
-from sizes import Size
+from batches import Encoded, encode
+from common.sizes import Size
+from data import library_examples, library_files
+from model import train_tokenizer
+from start.verifier import reward
 from torch import Tensor
-from verifier import reward
 
 SPLIT_SEED = 0
 PRETRAINING = 0.55  # of the files
