@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from densemixer_core import products
 from densemixer_core.control import Known, Pilot, fit
 from densemixer_core.kernel import fused
-from densemixer_core.products import affine, oriented, room_for_dots, row_dots, row_outputs, temporary_bytes
+from densemixer_core.products import Matrix, affine, oriented, room_for_dots, row_dots, row_outputs, temporary_bytes
 from densemixer_core.sampling import Pairs, draw_pairs, offsets, typical_size
 from densemixer_core.weights import StackedExperts
 
@@ -43,6 +43,12 @@ def expert_dots(
         [tokens, experts], float32 or float64.
     """
     dtype = dtype or experts.weights.up.dtype
+    if experts.weights.gate is not None:
+        x, g = x.to(dtype), g.to(dtype)
+        dots = room_for_dots(x, g, len(experts.weights.down), experts.layout)
+        for row, expert in zip(dots, experts.one_by_one(dtype), strict=False):
+            row.copy_(expert_dots(x, g, expert, dtype, workspace_bytes).squeeze(1))
+        return dots.t()
     if fused.supported(x, experts, dtype):
         return fused.expert_dots(x, g, experts, dtype, workspace_bytes)
     return products.expert_dots(x, g, experts, dtype, workspace_bytes)
@@ -83,7 +89,8 @@ def sampled_dots(
     dots = room_for_dots(x, g, stacked, layout)
     if count == 0:
         return dots.t()
-    up, down = weights.up.to(dtype), weights.down.to(dtype)
+    up: Matrix = weights.up.to(dtype)
+    up, down = up if weights.gate is None else (weights.gate.to(dtype), up), weights.down.to(dtype)
     biases = [None if bias is None else bias.to(dtype) for bias in weights[2:4]]
     rows = max(1, workspace_bytes // (temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
 
@@ -157,9 +164,10 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
     for expert in torch.unique(index).tolist():
         token, slot = torch.where(index == expert)
         if 0 <= expert < count:
-            up, down, up_bias, down_bias, scale = (None if w is None else w[expert].to(dtype) for w in stacked)
+            up, down, up_bias, down_bias, scale, gate = (None if w is None else w[expert].to(dtype) for w in stacked)
             assert up is not None
             assert down is not None
+            up = up if gate is None else torch.cat([gate, up], -1)
             inner = layout.activation(affine(x[token], up, up_bias)).to(dtype)
             output = affine(inner, down, down_bias)
             terms = torch.linalg.vector_norm(torch.sqrt(inner.square() @ down.square()), dim=-1)
@@ -179,10 +187,13 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
     return y, size
 
 
-def _grouped_affine(ends: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _grouped_affine(ends: Tensor, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     """Each row by the matrix of its expert; the rows of expert j, and of ``bias``, come before ``ends[j]``."""
     product = _opaque_grouped_product if torch.compiler.is_compiling() else _grouped_product
-    output = product(x, weight, ends)
+    if isinstance(weight, Tensor):
+        output = product(x, weight, ends)
+    else:
+        output = torch.cat([product(x, half, ends) for half in weight], -1)
     return output if bias is None else output + bias
 
 

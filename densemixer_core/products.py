@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +32,11 @@ _CACHED_ROWS = 1024
 """How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
 graph has one for each number of pieces.)"""
 
-Affine = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""From rows, weights and a bias to their product, for each row with the weights of its expert."""
+Matrix = Tensor | tuple[Tensor, Tensor]
+"""Weights; or a gate and an up projection that lie apart, whose results follow each other."""
+
+Affine = Callable[[Tensor, Any, Tensor | None], Tensor]
+"""From rows, a `Matrix` and a bias to their product, for each row with the weights of its expert."""
 
 
 def oriented(experts: StackedExperts) -> ExpertWeights:
@@ -40,7 +44,8 @@ def oriented(experts: StackedExperts) -> ExpertWeights:
     weights = experts.weights
     if experts.layout.transposed:
         return weights
-    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+    gate = None if weights.gate is None else weights.gate.transpose(1, 2)
+    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2), gate=gate)
 
 
 def room_for_dots(x: Tensor, g: Tensor, stacked: int, layout: ExpertLayout) -> Tensor:
@@ -63,7 +68,7 @@ def scaled(dots: Tensor, scale: Tensor | None) -> Tensor:
 def row_dots(
     x: Tensor,
     g: Tensor,
-    up: Tensor,
+    up: Matrix,
     down: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
@@ -81,7 +86,7 @@ def row_dots(
 
 def row_outputs(
     x: Tensor,
-    up: Tensor,
+    up: Matrix,
     down: Tensor,
     up_bias: Tensor | None,
     down_bias: Tensor | None,
@@ -99,4 +104,5 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
     """For one row: the up projection and an activation that makes a few copies of it, or an output and its norm."""
-    return (4 * weights.up.shape[2] + 3 * sum(weights.down.shape[1:])) * dtype.itemsize
+    width = weights.up.shape[2] * (1 if weights.gate is None else 2)
+    return (4 * width + 3 * sum(weights.down.shape[1:])) * dtype.itemsize
