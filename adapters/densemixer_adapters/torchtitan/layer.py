@@ -113,7 +113,7 @@ class TorchtitanLayer:
         trained = torch.is_grad_enabled() and scores.requires_grad and not self.router_is_frozen
         if not trained or self.config.estimator == "conventional":
             return
-        if scores.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             refuse_capture(self.name)
         self._scores = scores
 
