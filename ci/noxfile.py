@@ -204,6 +204,14 @@ def megatron(session: nox.Session, pins: str) -> None:
     run_tests(session, "tests/megatron")
 
 
+@nox.session(default=False)
+def torchtitan(session: nox.Session) -> None:
+    """torchtitan: its layers, and its own Trainer on one, two and four processes, on the CPU."""
+    install(session, "torchtitan")
+    install_editable(session)
+    run_tests(session, "tests/torchtitan")
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys

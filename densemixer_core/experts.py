@@ -89,8 +89,8 @@ def sampled_dots(
     dots = room_for_dots(x, g, stacked, layout)
     if count == 0:
         return dots.t()
-    up: Matrix = weights.up.to(dtype)
-    up, down = up if weights.gate is None else (weights.gate.to(dtype), up), weights.down.to(dtype)
+    up, down = weights.up.to(dtype), weights.down.to(dtype)
+    inner: Matrix = up if weights.gate is None else (weights.gate.to(dtype), up)
     biases = [None if bias is None else bias.to(dtype) for bias in weights[2:4]]
     rows = max(1, workspace_bytes // (temporary_bytes(weights, dtype) + 2 * x.shape[1] * dtype.itemsize))
 
@@ -101,7 +101,7 @@ def sampled_dots(
             expert, token = place // tokens, place % tokens
             up_bias, down_bias = (None if bias is None else bias[expert] for bias in biases)
             grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
-            yield expert, token, (up, down, up_bias, down_bias, layout, grouped)
+            yield expert, token, (inner, down, up_bias, down_bias, layout, grouped)
             start += len(place)
 
     scale = dots.new_ones(stacked) if weights.scale is None else weights.scale.to(dots.dtype)

@@ -46,9 +46,7 @@ from torchtitan.models.common.attention import FlexAttention  # noqa: E402
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float, enable_gqa: bool, **_: Any) -> Any:
     """For flex attention, which has no backward on the CPU: the same mask, dense."""
     mask = create_mask(block_mask.mask_mod, q.shape[0], 1, q.shape[2], k.shape[2], device="cpu")
-    out = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa
-    )
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
     return out, types.SimpleNamespace(lse=q.new_zeros(q.shape[:3]), max_scores=None)
 
 

@@ -300,7 +300,7 @@ def test_derivatives_of_the_scores(score: str) -> None:
         torch.testing.assert_close(score_sensitivity(scores.detach(), score)[:, expert], column.norm(dim=1))
 
 
-@pytest.mark.parametrize("activation, apart", [("concatenated", False), ("concatenated", True), ("ungated", False)])
+@pytest.mark.parametrize(("activation", "apart"), [("concatenated", False), ("concatenated", True), ("ungated", False)])
 @pytest.mark.parametrize("bound", [1 << 16, 1 << 20])
 def test_temporaries_stay_below_the_bound(activation: str, apart: bool, bound: int) -> None:
     layer = Layer(Case(2048, hidden=32, ffn=48, activation=activation, apart=apart, bias=True), torch.float32)

@@ -135,7 +135,7 @@ def test_twice() -> None:
 
 
 def test_metrics() -> None:
-    with pytest.raises(ValueError, match="metrics: .*Leave the option out"):
+    with pytest.raises(ValueError, match=r"metrics: .*Leave the option out"):
         enable(Model(build(CASE)), DenseMixerConfig(metrics=True))
 
 
@@ -190,5 +190,8 @@ def test_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     moe = build(CASE, torch.float32)
-    with enable(Model(moe)), pytest.raises(UnsupportedModelError, match=r"^block\.moe: .*CUDA graph.*disable_cuda_graphs"):
+    with (
+        enable(Model(moe)),
+        pytest.raises(UnsupportedModelError, match=r"^block\.moe: .*CUDA graph.*disable_cuda_graphs"),
+    ):
         moe(titan_layer.batch(torch.float32)[0])

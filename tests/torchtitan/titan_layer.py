@@ -141,7 +141,9 @@ def train(moe: Any, x: Tensor, g: Tensor) -> Found:
         output = moe(x)
         output.backward(gradient=g)
     spy.remove()
-    gradients = {name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in moe.named_parameters() if parameter.grad is not None
+    }
     assert x.grad is not None
     return Found(output.detach(), {**gradients, "x": x.grad}, seen[0].flatten(0, -2))
 

@@ -8,8 +8,8 @@ from typing import Any
 import titan_layer
 import torch
 import torch.distributed as dist
-import torchtitan.models.qwen3 as qwen3
 import without_gpu
+from tiny import VOCABULARY, model_spec
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn import functional as F
@@ -20,12 +20,11 @@ from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfi
 from torchtitan.components.tokenizer import BaseTokenizer
 from torchtitan.config import CompileConfig, DebugConfig, OverrideConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
-from torchtitan.models.common import CosSinRoPE, Embedding, Linear
 from torchtitan.trainer import Trainer
 
 from densemixer_adapters.torchtitan import experts as weights_of
 
-VOCABULARY, HIDDEN, LENGTH, SEQUENCES, EXPERTS, K = 64, 32, 16, 6, 8, 2
+LENGTH, SEQUENCES = 16, 6
 SWITCH = "densemixer_adapters.torchtitan.densemixer"
 CHECKPOINTING = {"none": lambda: None, "full": FullAC.Config, "selective": SelectiveAC.Config}
 
@@ -66,35 +65,6 @@ def float32_experts() -> None:
     """Let both sides compute experts in float32: bfloat16 would hide errors."""
     without_gpu.float32_experts()
     weights_of.COMPUTES_IN = torch.float32
-
-
-def model_spec() -> Any:
-    """Qwen3's blocks, two of them."""
-    spec = qwen3.model_registry("debugmodel_moe")
-    spec.model = qwen3.Qwen3Model.Config(
-        vocab_size=VOCABULARY,
-        dim=HIDDEN,
-        norm=qwen3._qwen3_norm(HIDDEN),
-        tok_embeddings=Embedding.Config(
-            num_embeddings=VOCABULARY, embedding_dim=HIDDEN, param_init=qwen3._EMBEDDING_INIT
-        ),
-        lm_head=Linear.Config(in_features=HIDDEN, out_features=VOCABULARY, param_init=qwen3._LINEAR_INIT),
-        layers=qwen3._build_qwen3_moe_layers(
-            fuse_qkv=True,
-            n_layers=2,
-            dim=HIDDEN,
-            n_heads=4,
-            n_kv_heads=2,
-            head_dim=16,
-            moe_hidden_dim=24,
-            num_experts=EXPERTS,
-            top_k=K,
-            attn_backend="flex",
-            rope=CosSinRoPE.Config(dim=16, max_seq_len=128, theta=1e6),
-            moe_comm_backend="standard",
-        ),
-    )
-    return spec
 
 
 def trainer(

@@ -11,10 +11,8 @@ from torch import nn
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.torchtitan.layer import TorchtitanLayer, attached_layer
 from densemixer_adapters.torchtitan.refuse import refuse_compiled, refuse_layer
-from densemixer_adapters.transformers.announce import FrozenRouters, announce
+from densemixer_adapters.transformers.announce import announce, warn
 from densemixer_core import DenseMixerConfig
-
-_FIX = "Call requires_grad_(True) on it after whatever froze it, e.g. a LoRA converter."
 
 
 def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | None = None) -> TorchtitanHandle:
@@ -65,9 +63,13 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
         f"DenseMixer is attached to {len(layers)} layers of this rank's part of {type(parts[0]).__name__}: estimator "
         f"{options.estimator}, budget {options.budget:g}"
     )
-    frozen = FrozenRouters(layers)
-    frozen.fix = _FIX
-    frozen.warn()
+    frozen = [layer.name for layer in layers if layer.router_is_frozen]
+    if frozen:
+        warn(
+            f"DenseMixer has nothing to train where routers are frozen, in {len(frozen)} of {len(layers)} layers, from "
+            f"{frozen[0]} on: such a layer trains as without DenseMixer. Call requires_grad_(True) on its router after "
+            "whatever froze it, e.g. a LoRA converter."
+        )
     return TorchtitanHandle(layers)
 
 

@@ -1,8 +1,8 @@
 """One Mixture-of-Experts layer of torchtitan with DenseMixer.
 
 Routing, dispatch, experts and combination stay torchtitan's own. A hook on the router sees the scores of all experts;
-``dispatch`` and ``combine`` of the token dispatcher, overridden on the instance, see what the experts get and what comes
-of it, as plain tensors of this rank in every kind of parallelism.
+``dispatch`` and ``combine`` of the token dispatcher, overridden on the instance, see what the experts get and what
+comes of it, as plain tensors of this rank in every kind of parallelism.
 """
 
 from __future__ import annotations
@@ -57,10 +57,6 @@ class TorchtitanLayer:
         return f"<{type(self).__name__} {self.name}>"
 
     @property
-    def router_name(self) -> str:
-        return f"{self.name}.router"
-
-    @property
     def router_is_frozen(self) -> bool:
         return not any(parameter.requires_grad for parameter in self.block.router.parameters())
 
@@ -113,7 +109,7 @@ class TorchtitanLayer:
         trained = torch.is_grad_enabled() and scores.requires_grad and not self.router_is_frozen
         if not trained or self.config.estimator == "conventional":
             return
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             refuse_capture(self.name)
         self._scores = scores
 
@@ -175,7 +171,11 @@ class TorchtitanLayer:
         """In the backward, with the weights as they are then: FSDP has gathered them for the whole block."""
         experts = weights_of.read_experts(self.block.routed_experts.inner_experts)
         held, count, config = len(experts.weights.down), self.block.router.num_experts, self.config
-        mesh, dtype, bound = getattr(self._dispatcher, "ep_mesh", None), weights_of.COMPUTES_IN, config.workspace_mb << 20
+        mesh, dtype, bound = (
+            getattr(self._dispatcher, "ep_mesh", None),
+            weights_of.COMPUTES_IN,
+            config.workspace_mb << 20,
+        )
         ranks = 1 if mesh is None else mesh.size()
         if held * ranks != count:
             raise RuntimeError(

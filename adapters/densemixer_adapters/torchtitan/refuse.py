@@ -104,6 +104,4 @@ def refuse_capture(name: str) -> NoReturn:
 
 
 def _refuse(name: str, reason: str, fix: str) -> NoReturn:
-    raise UnsupportedModelError(
-        f"{name}: DenseMixer can't train it: {reason}. Either {fix}, or switch DenseMixer off."
-    )
+    raise UnsupportedModelError(f"{name}: DenseMixer can't train it: {reason}. Either {fix}, or switch DenseMixer off.")
