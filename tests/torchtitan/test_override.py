@@ -100,6 +100,20 @@ def test_settings_that_are_refused(settings: dict[str, Any], message: str, tmp_p
         trainer(str(tmp_path), [SWITCH], backend="spmd_types", **settings)
 
 
+def test_some_layers_of_a_pipeline(tmp_path: Path) -> None:
+    """Positions count over the whole model, of which a stage has a part."""
+    from tiny import model_spec
+
+    from densemixer_adapters.torchtitan import enable
+    from densemixer_core import DenseMixerConfig
+
+    stage = model_spec().model.build()
+    del stage.layers["0"]
+    for layers, attached_to in (([0], []), ([1], ["layers.1.moe"]), (":", ["layers.1.moe"])):
+        with enable([stage], DenseMixerConfig(layers=layers)) as handle:
+            assert [layer.name for layer in handle.layers] == attached_to
+
+
 def test_a_dense_model(tmp_path: Path) -> None:
     import torchtitan.models.qwen3 as qwen3
 

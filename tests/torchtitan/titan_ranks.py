@@ -26,7 +26,7 @@ from torch import Tensor, multiprocessing
 from densemixer_adapters.torchtitan import attached, enable
 from densemixer_core import DenseMixerConfig
 
-DRAWS = 60
+DRAWS = 40
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,6 +56,7 @@ def _with_densemixer(owner: Any) -> Any:
             super().__init__(config, model_parts=model_parts, **others)
             enable(model_parts, read_options(SWITCH, config.densemixer))
 
-    WithDenseMixer.__name__ = f"{owner.__name__}WithDenseMixer"
-    WithDenseMixer.__qualname__ = WithDenseMixer.__name__
+    # As torchtitan's log has them.
+    WithDenseMixer.__name__ = WithDenseMixer.__qualname__ = f"{owner.__name__}WithDenseMixer"
+    WithDenseMixer.Config.__qualname__ = f"{owner.__name__}WithDenseMixer.Config"
     return WithDenseMixer
