@@ -235,6 +235,14 @@ def oldest(session: nox.Session, framework: str) -> None:
         run_tests(session, *TRANSFORMERS, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
+@nox.session(default=False)
+def torchtitan(session: nox.Session) -> None:
+    """torchtitan: its layers, and its own Trainer on one, two and four processes, on the CPU."""
+    install(session, "torchtitan")
+    install_editable(session)
+    run_tests(session, "tests/torchtitan")
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from densemixer_core import products
 from densemixer_core.kernel import fused
-from densemixer_core.products import affine, oriented
+from densemixer_core.products import affine, oriented, room_for_dots
 from densemixer_core.weights import StackedExperts
 
 
@@ -36,6 +36,12 @@ def expert_dots(
         [tokens, experts], float32 or float64.
     """
     dtype = dtype or experts.weights.up.dtype
+    if experts.weights.gate is not None:
+        x, g = x.to(dtype), g.to(dtype)
+        dots = room_for_dots(x, g, len(experts.weights.down), experts.layout)
+        for row, expert in zip(dots, experts.one_by_one(dtype), strict=False):
+            row.copy_(expert_dots(x, g, expert, dtype, workspace_bytes).squeeze(1))
+        return dots.t()
     if fused.supported(x, experts, dtype):
         return fused.expert_dots(x, g, experts, dtype, workspace_bytes)
     return products.expert_dots(x, g, experts, dtype, workspace_bytes)
@@ -62,9 +68,10 @@ def routed_output(x: Tensor, index: Tensor, weights: Tensor, experts: StackedExp
     for expert in torch.unique(index).tolist():
         token, slot = torch.where(index == expert)
         if 0 <= expert < count:
-            up, down, up_bias, down_bias, scale = (None if w is None else w[expert].to(dtype) for w in stacked)
+            up, down, up_bias, down_bias, scale, gate = (None if w is None else w[expert].to(dtype) for w in stacked)
             assert up is not None
             assert down is not None
+            up = up if gate is None else torch.cat([gate, up], -1)
             inner = layout.activation(affine(x[token], up, up_bias)).to(dtype)
             output = affine(inner, down, down_bias)
             terms = torch.linalg.vector_norm(torch.sqrt(inner.square() @ down.square()), dim=-1)

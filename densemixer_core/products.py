@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ _CACHED_ROWS = 1024
 """How many tokens at a time keep a CPU's temporaries in its cache. (Half precision is faster in one piece. A compiled
 graph has one for each number of pieces.)"""
 
+Matrix = Tensor | tuple[Tensor, Tensor]
+"""Weights; or a gate and an up projection that lie apart, whose results follow each other."""
+
 
 def oriented(experts: StackedExperts) -> ExpertWeights:
     """The same orientation, [experts, in, out], for both layouts, and as many experts; views, not copies."""
@@ -39,7 +43,8 @@ def oriented(experts: StackedExperts) -> ExpertWeights:
     weights = weights._replace(up=weights.up[: len(weights.down)])  # LongCat-Flash has unused ones
     if experts.layout.transposed:
         return weights
-    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2))
+    gate = None if weights.gate is None else weights.gate.transpose(1, 2)
+    return weights._replace(up=weights.up.transpose(1, 2), down=weights.down.transpose(1, 2), gate=gate)
 
 
 def room_for_dots(x: Tensor, g: Tensor, stacked: int, layout: ExpertLayout) -> Tensor:
@@ -73,15 +78,15 @@ class Rows:
         up_bias: Of one expert, [out], or for each row that of its expert, [rows, out].
         down_bias: The same.
         layout: How the experts compute.
-        multiply: From rows, weights and a bias to their product.
+        multiply: From rows, a `Matrix` and a bias to their product.
     """
 
-    up: Tensor
+    up: Matrix
     down: Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
     layout: ExpertLayout
-    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor] = affine
+    multiply: Callable[[Tensor, Any, Tensor | None], Tensor] = affine
 
     def outputs(self, x: Tensor) -> Tensor:
         """The expert's output for each row of x, [rows, hidden]."""
@@ -102,4 +107,5 @@ class Rows:
 
 def temporary_bytes(weights: ExpertWeights, dtype: torch.dtype) -> int:
     """For one row: the up projection and an activation that makes a few copies of it, or an output and its norm."""
-    return (4 * weights.up.shape[2] + 3 * sum(weights.down.shape[1:])) * dtype.itemsize
+    width = weights.up.shape[2] * (1 if weights.gate is None else 2)
+    return (4 * width + 3 * sum(weights.down.shape[1:])) * dtype.itemsize

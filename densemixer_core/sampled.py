@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from densemixer_core.control import Known, Pilot, fit
-from densemixer_core.products import Rows, oriented, room_for_dots, temporary_bytes
+from densemixer_core.products import Matrix, Rows, oriented, room_for_dots, temporary_bytes
 from densemixer_core.sampling import Pairs, draw_pairs, offsets, typical_size
 from densemixer_core.weights import StackedExperts
 
@@ -92,10 +92,11 @@ class _Evaluator:
         self, x: Tensor, g: Tensor, experts: StackedExperts, accumulate: torch.dtype, workspace_bytes: int
     ) -> None:
         self._x, self._g, self._layout = x, g, experts.layout
-        up, down, *biases, scale = oriented(experts)
-        self._up, self._down = up.to(x.dtype), down.to(x.dtype)
+        up, down, *biases, scale, gate = oriented(experts)
+        self._up: Matrix = up.to(x.dtype) if gate is None else (gate.to(x.dtype), up.to(x.dtype))
+        self._down = down.to(x.dtype)
         self._biases = [None if bias is None else bias.to(x.dtype) for bias in biases]
-        self.scale = self._up.new_ones(len(down), dtype=accumulate) if scale is None else scale.to(accumulate)
+        self.scale = down.new_ones(len(down), dtype=accumulate) if scale is None else scale.to(accumulate)
         row = temporary_bytes(oriented(experts), x.dtype) + 2 * x.shape[1] * x.element_size()
         self._rows = max(1, workspace_bytes // row)
 
@@ -124,10 +125,13 @@ class _Evaluator:
             start += len(place)
 
 
-def _grouped_affine(ends: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _grouped_affine(ends: Tensor, x: Tensor, weight: Matrix, bias: Tensor | None) -> Tensor:
     """Each row by the matrix of its expert; the rows of expert j, and of ``bias``, come before ``ends[j]``."""
     product = _opaque_grouped_product if torch.compiler.is_compiling() else _grouped_product
-    output = product(x, weight, ends)
+    if isinstance(weight, Tensor):
+        output = product(x, weight, ends)
+    else:
+        output = torch.cat([product(x, half, ends) for half in weight], -1)
     return output if bias is None else output + bias
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ class ExpertWeights(NamedTuple):
     - ``up``: [experts, width, hidden], or [experts, hidden, width] if the layout is transposed;
     - ``down``: [experts, hidden, ffn], or [experts, ffn, hidden] if the layout is transposed;
     - ``up_bias``: [experts, width]; ``down_bias``: [experts, hidden];
-    - ``scale``: a factor on each expert's output, [experts].
+    - ``scale``: a factor on each expert's output, [experts];
+    - ``gate``: the first half of a concatenated width, where it is a tensor of its own; ``up`` then has the other half.
     """
 
     up: Tensor
@@ -28,6 +29,7 @@ class ExpertWeights(NamedTuple):
     up_bias: Tensor | None = None
     down_bias: Tensor | None = None
     scale: Tensor | None = None
+    gate: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,16 @@ class StackedExperts:
     weights: ExpertWeights
     layout: ExpertLayout
     derivation: Derivation | None = None
+
+    def one_by_one(self, dtype: torch.dtype) -> Iterator[StackedExperts]:
+        """Each expert with weights alone, in this dtype, its gate and up projection as one: one copy at a time."""
+        layout, stacked = dataclasses.replace(self.layout, identities=0, zeros=0), self.weights
+        for expert in range(len(stacked.down)):
+            up, down, *others, gate = (None if w is None else w[expert : expert + 1].to(dtype) for w in stacked)
+            assert up is not None
+            assert down is not None
+            whole = up if gate is None else torch.cat([gate, up], -1 if layout.transposed else 1)
+            yield StackedExperts(ExpertWeights(whole, down, *others), layout)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:

@@ -112,6 +112,12 @@ def patch_engine_registry(module: Any) -> None:
                     f"{SWITCH}: verl's engine 'megatron' has a switch of its own, a field of Megatron Core's "
                     f"configuration. Replace this one by +…megatron.override_transformer_config.{MEGATRON_FLAG}=true."
                 )
+            if backend == "torchtitan":
+                raise ValueError(
+                    f"{SWITCH}: verl's engine 'torchtitan' is written for nightly builds of torchtitan and torch, and "
+                    "doesn't import with releases of torchtitan, so DenseMixer can't be tested with it. Set "
+                    f"strategy=fsdp2 for this role, or drop {SWITCH}; torchtitan's own trainer has DenseMixer."
+                )
             raise ValueError(
                 f"{SWITCH}: verl's engine {backend!r} is not supported, only {' and '.join(ENGINES)} and megatron. "
                 f"Either set strategy=fsdp2 for this role, or drop {SWITCH}."

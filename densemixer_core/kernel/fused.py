@@ -57,7 +57,7 @@ def supported(x: Tensor, experts: StackedExperts, dtype: torch.dtype) -> bool:
 
 def expert_dots(x: Tensor, g: Tensor, experts: StackedExperts, dtype: torch.dtype, workspace_bytes: int) -> Tensor:
     """`densemixer_core.expert_dots` for what is `supported`, with the same arguments and result."""
-    up, down, up_bias, down_bias, scale = experts.weights
+    up, down, up_bias, down_bias, scale, _ = experts.weights
     layout = experts.layout
     assert layout.formula is not None
     x, g = x.to(dtype).contiguous(), g.to(dtype).contiguous()

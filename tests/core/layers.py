@@ -66,6 +66,7 @@ class Case:
     activation: str = "concatenated"
     bias: bool = False
     transposed: bool = False
+    apart: bool = False  # gate and up projection, where they are concatenated
     post_norm: bool = False
     scale: bool = False
     identities: int = 0
@@ -93,6 +94,9 @@ class Layer:
 
         width = case.ffn if case.activation.startswith("ungated") else 2 * case.ffn
         up, down = (width, case.hidden), (case.hidden, case.ffn)
+        apart = case.apart and case.activation == "concatenated"
+        if apart:
+            up = (case.ffn, case.hidden)
         self.x, self.router = leaf(case.tokens, case.hidden), leaf(case.scored, case.hidden)
         self.weights = ExpertWeights(
             leaf(case.experts, *(reversed(up) if case.transposed else up)),
@@ -100,6 +104,7 @@ class Layer:
             leaf(case.experts, width) if case.bias else None,
             leaf(case.experts, case.hidden) if case.bias else None,
             leaf(case.experts) if case.scale else None,
+            leaf(case.experts, *(reversed(up) if case.transposed else up)) if apart else None,
         )
         self.g = leaf(case.tokens, case.hidden).detach()
         norm = rms_norm if case.post_norm else None
@@ -115,7 +120,9 @@ class Layer:
     def expert(self, j: int, x: Tensor) -> Tensor:
         if j >= self.case.experts:
             return x if j < self.case.experts + self.case.identities else torch.zeros_like(x)
-        up, down, up_bias, down_bias, scale = (None if w is None else w[j] for w in self.weights)
+        up, down, up_bias, down_bias, scale, gate = (None if w is None else w[j] for w in self.weights)
+        if gate is not None:
+            up = torch.cat([gate, up], -1 if self.case.transposed else 0)
         hidden = x @ (up if self.case.transposed else up.T)
         hidden = ACTIVATIONS[self.case.activation](hidden if up_bias is None else hidden + up_bias)
         output = hidden @ (down if self.case.transposed else down.T)

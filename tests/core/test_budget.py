@@ -295,10 +295,10 @@ def test_derivatives_of_the_scores(score: str) -> None:
         torch.testing.assert_close(score_sensitivity(scores.detach(), score)[:, expert], column.norm(dim=1))
 
 
-@pytest.mark.parametrize("activation", ["concatenated", "ungated"])
+@pytest.mark.parametrize(("activation", "apart"), [("concatenated", False), ("concatenated", True), ("ungated", False)])
 @pytest.mark.parametrize("bound", [1 << 16, 1 << 20])
-def test_temporaries_stay_below_the_bound(activation: str, bound: int) -> None:
-    layer = Layer(Case(2048, hidden=32, ffn=48, activation=activation, bias=True), torch.float32)
+def test_temporaries_stay_below_the_bound(activation: str, apart: bool, bound: int) -> None:
+    layer = Layer(Case(2048, hidden=32, ffn=48, activation=activation, apart=apart, bias=True), torch.float32)
     experts, importance = StackedExperts(layer.weights, layer.layout), torch.rand(2048, 7)
     with torch.no_grad(), LiveBytes() as alone:
         draw_pairs(importance, 8000, offsets(importance, 0)[0])

@@ -26,6 +26,7 @@ cases = st.builds(
     activation=st.sampled_from(["concatenated", "interleaved", "ungated"]),
     bias=st.booleans(),
     transposed=st.booleans(),
+    apart=st.booleans(),
     post_norm=st.booleans(),
     scale=st.booleans(),
     identities=st.integers(0, 2),

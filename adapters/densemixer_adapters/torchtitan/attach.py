@@ -1,0 +1,128 @@
+"""DenseMixer on a model of torchtitan, or on the parts of it that a rank of a pipeline has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.torchtitan.layer import TorchtitanLayer, attached_layer
+from densemixer_adapters.torchtitan.refuse import refuse_compiled, refuse_layer
+from densemixer_adapters.transformers.announce import announce, warn
+from densemixer_core import DenseMixerConfig
+
+
+def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | None = None) -> TorchtitanHandle:
+    """Train the routers of a torchtitan model through all of their experts.
+
+    The model's outputs stay what they are, bit for bit; nothing is added to its parameters, modules or checkpoints.
+    Call it on every rank, before or after ``parallelize_fn``.
+
+    Args:
+        model: A model, or a trainer's ``model_parts``.
+        config: The options.
+
+    Returns:
+        A handle that lists the layers and undoes everything, also as a context manager.
+
+    Raises:
+        UnsupportedModelError: The model has no Mixture-of-Experts layers, one that is built of what DenseMixer doesn't
+            know, or one that is compiled.
+        ValueError: The options select layers that the model doesn't have, or ask for metrics.
+        RuntimeError: DenseMixer is attached already.
+    """
+    options = config or DenseMixerConfig()
+    if options.metrics:
+        raise ValueError(
+            "metrics: router metrics don't get into torchtitan's log. Leave the option out; the gradients are the same."
+        )
+    parts = _parts(model)
+    found = _moe_layers(parts)
+    names = _names(parts, [name for name, _ in found])
+    if not names:
+        raise UnsupportedModelError(
+            f"{type(parts[0]).__name__} has no layer of torchtitan's class MoE. DenseMixer trains the routers of such "
+            "layers; switch it off for this model."
+        )
+    refuse_compiled(parts)
+    for name, moe in found:
+        refuse_layer(name, moe)
+        if attached_layer(moe) is not None:
+            raise RuntimeError(
+                f"{name}: DenseMixer is attached already, by enable or by an override; attached(model).remove() "
+                "detaches it."
+            )
+    selected = {names[position] for position in options.positions(len(names))}
+    layers = [TorchtitanLayer(name, moe, options) for name, moe in found if name in selected]
+    for layer in layers:
+        layer.attach()
+    announce(
+        f"DenseMixer is attached to {len(layers)} layers of this rank's part of {type(parts[0]).__name__}: estimator "
+        f"{options.estimator}, budget {options.budget:g}"
+    )
+    frozen = [layer.name for layer in layers if layer.router_is_frozen]
+    if frozen:
+        warn(
+            f"DenseMixer has nothing to train where routers are frozen, in {len(frozen)} of {len(layers)} layers, from "
+            f"{frozen[0]} on: such a layer trains as without DenseMixer. Call requires_grad_(True) on its router after "
+            "whatever froze it, e.g. a LoRA converter."
+        )
+    return TorchtitanHandle(layers)
+
+
+def attached(model: nn.Module | Sequence[nn.Module]) -> TorchtitanHandle:
+    """What is attached to a model, or to a trainer's ``model_parts``, whoever did it. Its ``layers`` may be none."""
+    layers = (attached_layer(moe) for _, moe in _moe_layers(_parts(model)))
+    return TorchtitanHandle([layer for layer in layers if layer is not None])
+
+
+class TorchtitanHandle:
+    """What is attached to a model. Leaving it as a context manager, or `remove`, detaches it.
+
+    Attributes:
+        layers: The layers of this rank, in the model's order.
+    """
+
+    def __init__(self, layers: list[TorchtitanLayer]) -> None:
+        self.layers = layers
+
+    def remove(self) -> None:
+        """Leave the model as it was. Does nothing the second time."""
+        for layer in self.layers:
+            layer.remove()
+
+    def __enter__(self) -> TorchtitanHandle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _parts(model: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:
+    return [model] if isinstance(model, nn.Module) else model
+
+
+def _moe_layers(parts: Sequence[nn.Module]) -> list[tuple[str, Any]]:
+    """Name and module. The names are those of checkpoints, without what activation checkpointing puts between."""
+    from torchtitan.models.common.moe import MoE
+
+    return [
+        (name.replace("_checkpoint_wrapped_module.", ""), module)
+        for part in parts
+        for name, module in part.named_modules()
+        if isinstance(module, MoE)
+    ]
+
+
+def _names(parts: Sequence[nn.Module], found: list[str]) -> list[str]:
+    """Those of the whole model's layers, in its order: a stage of a pipeline has some of them, or none."""
+    blocks = getattr(getattr(parts[0], "config", None), "layers", None)
+    if blocks is None:
+        return found
+    names = [f"layers.{n}.moe" for n, block in enumerate(blocks) if getattr(block, "moe", None) is not None]
+    return names if set(found) <= set(names) else found

@@ -1,0 +1,210 @@
+"""One Mixture-of-Experts layer of torchtitan with DenseMixer.
+
+Routing, dispatch, experts and combination stay torchtitan's own. A hook on the router sees the scores of all experts;
+``dispatch`` and ``combine`` of the token dispatcher, overridden on the instance, see what the experts get and what
+comes of it, as plain tensors of this rank in every kind of parallelism.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
+
+from densemixer_adapters.expert_parallel import gathered_dots
+from densemixer_adapters.torchtitan import experts as weights_of
+from densemixer_adapters.torchtitan.refuse import refuse_capture, refuse_compiling
+from densemixer_core import (
+    DenseMixerConfig,
+    Known,
+    RoutingMismatchError,
+    check_routing,
+    expert_dots,
+    sampled_dots,
+    straight_through,
+)
+from densemixer_core.sampling import share_of_pairs
+
+OVERRIDDEN = ("dispatch", "combine")
+"""What is overridden on the token dispatcher."""
+
+
+class TorchtitanLayer:
+    """One ``MoE`` and what is attached to it.
+
+    Attributes:
+        name: Its name in the model.
+        block: The ``MoE``.
+        config: The options.
+    """
+
+    def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
+        self.name = name
+        self.block = block
+        self.config = config
+        self._before: dict[str, Any] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._scores: Tensor | None = None
+        self._routed: tuple[Tensor, Tensor] | None = None
+        self._checked = False
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+    @property
+    def router_is_frozen(self) -> bool:
+        return not any(parameter.requires_grad for parameter in self.block.router.parameters())
+
+    @property
+    def epsilon(self) -> float:
+        """What torchtitan adds to the sum of the selected scores."""
+        return 1e-20 if self.block.router.route_norm else 0.0
+
+    def attach(self) -> None:
+        for name in OVERRIDDEN:
+            if name in vars(self._dispatcher):
+                self._before[name] = vars(self._dispatcher)[name]
+            setattr(self._dispatcher, name, getattr(self, f"_{name}"))
+        self._hooks = [
+            self.block.router.register_forward_hook(self._after_router),
+            self.block.register_forward_hook(self._after_block, always_call=True),
+        ]
+
+    def remove(self) -> None:
+        """Leave the layer as it was. Does nothing the second time."""
+        for name in OVERRIDDEN:
+            if getattr(vars(self._dispatcher).get(name), "__self__", None) is self:
+                delattr(self._dispatcher, name)
+                if name in self._before:
+                    setattr(self._dispatcher, name, self._before[name])
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._forget()
+
+    @property
+    def _dispatcher(self) -> Any:
+        return self.block.routed_experts.token_dispatcher
+
+    def _host(self, name: str) -> Callable[..., Any]:
+        """The method that we override, as it is now: others patch its class."""
+        return self._before.get(name) or functools.partial(getattr(type(self._dispatcher), name), self._dispatcher)
+
+    def _forget(self) -> None:
+        self._scores = self._routed = None
+
+    def _after_block(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._forget()  # also where it has raised an error
+
+    def _after_router(self, router: nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        self._forget()
+        if torch.compiler.is_compiling():
+            refuse_compiling(self.name)
+        scores = output[2]
+        trained = torch.is_grad_enabled() and scores.requires_grad and not self.router_is_frozen
+        if not trained or self.config.estimator == "conventional":
+            return
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            refuse_capture(self.name)
+        self._scores = scores
+
+    def _dispatch(self, x: Tensor, weights: Tensor, index: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """``x`` is [tokens, hidden], ``weights`` and ``index`` are [tokens, k], all of this rank's tokens."""
+        self._routed = weights, index
+        return self._host("dispatch")(x, weights, index, *args, **kwargs)
+
+    def _combine(self, routed_output: Tensor, metadata: Any, x: Tensor) -> Tensor:
+        y: Tensor = self._host("combine")(routed_output, metadata, x)
+        scores, routed = self._local_scores(), self._routed
+        self._forget()
+        if scores is None or routed is None:
+            return y
+        weights, index = routed
+        if not self._checked:
+            self._check(scores, index, weights)
+        return straight_through(
+            y,
+            scores,
+            x=x,
+            index=index,
+            weights=weights,
+            experts=self._dots,
+            score=self.block.router.score_func,
+            renormalised=self.block.router.route_norm,
+            config=self.config,
+            epsilon=self.epsilon,
+        )
+
+    def _local_scores(self) -> Tensor | None:
+        """This rank's, [tokens, experts], whose gradient goes the way of that of the selected scores.
+
+        With expert parallelism each rank has its own tokens. Without, a rank of tensor parallelism has a part of each
+        expert, and so a part of the gradient.
+        """
+        scores = self._scores
+        if scores is None:
+            return None
+        if isinstance(scores, DTensor):
+            from torchtitan.protocols.sharding import resolve_placements
+
+            layout = self.block.routed_experts._sharding_config.local_map.in_grad_placements[1]
+            scores = scores.to_local(grad_placements=resolve_placements(layout, scores.device_mesh))
+        return scores.flatten(0, -2).to(torch.promote_types(scores.dtype, torch.float32))
+
+    def _check(self, scores: Tensor, index: Tensor, weights: Tensor) -> None:
+        router = self.block.router
+        try:
+            self._checked = check_routing(scores, index, weights, router.route_norm, self.epsilon)
+        except RoutingMismatchError as error:
+            raise RoutingMismatchError(
+                f"{self.name}: DenseMixer takes its router's scores to be the {router.score_func} of the logits, but "
+                f"{error}. This version of torchtitan, or a patch of it, routes differently; the gradient would be "
+                "wrong. Switch DenseMixer off."
+            ) from None
+
+    def _dots(self, x: Tensor, g: Tensor, known: Known | None) -> Tensor:
+        """In the backward, with the weights as they are then: FSDP has gathered them for the whole block."""
+        experts = weights_of.read_experts(self.block.routed_experts.inner_experts)
+        held, count, config = len(experts.weights.down), self.block.router.num_experts, self.config
+        mesh, dtype, bound = (
+            getattr(self._dispatcher, "ep_mesh", None),
+            weights_of.COMPUTES_IN,
+            config.workspace_mb << 20,
+        )
+        ranks = 1 if mesh is None else mesh.size()
+        if held * ranks != count:
+            raise RuntimeError(
+                f"{self.name}: {ranks} ranks with {held} experts each, out of {count}: some weights are sharded while "
+                "DenseMixer needs them in the backward."
+            )
+        selected = self.block.router.top_k
+        if mesh is not None:
+            return gathered_dots(
+                x,
+                g,
+                known,
+                experts=[experts],
+                indices=range(mesh.get_local_rank() * held, (mesh.get_local_rank() + 1) * held),
+                count=count,
+                selected=selected,
+                group=mesh.get_group(),
+                budget=config.budget,
+                seed=config.seed,
+                workspace_bytes=bound,
+                dtype=dtype,
+            )
+        if known is None:
+            return expert_dots(x, g, experts, dtype, bound)
+        pairs = share_of_pairs(len(x), count, count, selected, config.budget)
+        return sampled_dots(x, g, known, pairs, config.seed, experts, dtype, bound)
+
+
+def attached_layer(block: Any) -> TorchtitanLayer | None:
+    """What is attached to a ``MoE``, if anything is."""
+    owner = getattr(vars(block.routed_experts.token_dispatcher).get("combine"), "__self__", None)
+    return owner if isinstance(owner, TorchtitanLayer) else None
