@@ -120,22 +120,24 @@ class AutomodelLayer:
     # The graph that torch.compile makes of a layer breaks here: what is between two hooks is kept on this object.
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # in torch's own words
-    def _after_gate(self, gate: Any, args: tuple[Any, ...], output: Any) -> None:
+    def _after_gate(self, gate: Any, args: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self._logits = None
         if not torch.is_grad_enabled():
-            return
+            return None
         if self.config.metrics:
             self._warn_once("metrics", UNREAD_METRICS)
         if self.config.estimator == "conventional":
-            return
+            return None
         if self.router_is_frozen:
             self._warn_once("frozen", frozen_routers([self]))
-            return
+            return None
         # As the gate makes them, which returns but the selected ones: one product, small beside an expert's.
         x = args[0]
         dtype = gate.gate_precision or x.dtype
         bias = None if gate.bias is None else gate.bias.to(dtype)
-        self._logits = F.linear(x.to(dtype), gate.weight.to(dtype), bias)
+        logits = F.linear(x.to(dtype), gate.weight.to(dtype), bias)
+        weights, self._logits = _Together.apply(output[0], logits)  # type: ignore[no-untyped-call]
+        return weights, *output[1:]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # in torch's own words
     def _after_experts(self, experts: Any, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -221,6 +223,22 @@ class AutomodelLayer:
         if what not in self._said:
             self._said.add(what)
             warn(text)
+
+
+class _Together(torch.autograd.Function):
+    """The identity on weights and logits, whose backward comes once the gradients of both are there.
+
+    Where the gate is an FSDP unit by itself, FSDP brings its weight back when the gradient of what the gate returned
+    is there. That is the weights that come from here; so the product above finds it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return weights.view_as(weights), logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, weights: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return weights, logits
 
 
 def frozen_routers(layers: list[AutomodelLayer]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from packaging.version import Version
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from densemixer_adapters.automodel.experts import activation
@@ -52,8 +53,8 @@ def refuse_block(name: str, block: Any) -> None:
     if refusal:
         reason, fix = refusal
         raise UnsupportedModelError(
-            f"{name} ({type(block).__name__}): DenseMixer can't train it: {reason}. Either {fix}, or switch DenseMixer "
-            "off."
+            f"{name or 'the model'} ({_kind(block).__name__}): DenseMixer can't train it: {reason}. Either {fix}, or "
+            "switch DenseMixer off."
         )
 
 
@@ -61,7 +62,7 @@ def _why_not_gate(gate: Any) -> tuple[str, str] | None:
     from nemo_automodel.components.moe.layers import Gate
 
     leave_out = "leave the layer out with the option `layers`"
-    kind = type(gate)
+    kind = _kind(gate)
     if not isinstance(gate, Gate):
         if kind.__name__ == "FakeBalancedGate":
             return "its FakeBalancedGate learns nothing", "set model.backend.fake_balanced_gate to false"
@@ -82,7 +83,7 @@ def _why_not_gate(gate: Any) -> tuple[str, str] | None:
 def _why_not_experts(experts: Any) -> tuple[str, str] | None:
     from nemo_automodel.components.moe.experts import GroupedExperts, GroupedExpertsDeepEP
 
-    kind = type(experts)
+    kind = _kind(experts)
     if kind.__name__ == "GroupedExpertsMoK":
         return (
             "the dispatcher mok computes routed and shared experts in one kernel, so that y of the routed ones alone "
@@ -114,6 +115,11 @@ def _why_not_experts(experts: Any) -> tuple[str, str] | None:
             "upgrade Automodel, or use no expert parallelism (ep_size 1)",
         )
     return None
+
+
+def _kind(module: nn.Module) -> type:
+    """A module's class. FSDP2 puts one of its own before it."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
 
 
 def _is_without_gradient() -> bool:
