@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+from installs import is_installed
+
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Automodel compiles its activations, for minutes each on a CPU
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not is_installed("nemo-automodel"):
+        for item in items:
+            if item.path.parent.name == "automodel":
+                item.add_marker(pytest.mark.skip(reason="needs nemo-automodel; run `nox -s automodel`"))
