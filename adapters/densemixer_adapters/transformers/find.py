@@ -12,7 +12,7 @@ from densemixer_adapters.original import refuse_patched
 from densemixer_adapters.transformers.experts import is_stacked, unwrap, weight_names
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_adapters.transformers.parallel import distributed_model, sharing_ranks, why_not
-from densemixer_adapters.transformers.routers import is_refused, left_to_the_host, router_of
+from densemixer_adapters.transformers.routers import is_refused, left_to_the_host, line_to_register, router_of
 from densemixer_adapters.transformers.weights import why_unreadable
 from densemixer_core import DenseMixerConfig
 
@@ -60,9 +60,10 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
         if spec is None:
             raise UnsupportedModelError(
                 f"{where}: its router {type(router).__name__} is unknown to DenseMixer, which must know how scores "
-                "become weights. Those that it knows are in densemixer_adapters/transformers/routers.py, and in "
-                "docs/models.md by architecture. A newer densemixer-adapters may know it; otherwise switch DenseMixer "
-                "off for this model."
+                "become weights. If it is your own, declare it first (docs/own-router.md): "
+                f"`{line_to_register(router, block)}`, both from densemixer_adapters.transformers. If it is one of "
+                "transformers that isn't in densemixer_adapters/transformers/routers.py, a newer densemixer-adapters "
+                "may know it. Or switch DenseMixer off for this model."
             )
         experts = unwrap(block.get_submodule("experts"))
         if not is_stacked(experts) or not isinstance(getattr(experts, "down_proj", None), Tensor):
