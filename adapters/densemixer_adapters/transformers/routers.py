@@ -112,13 +112,16 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "GraniteMoeTopKRouter": _SOFTMAX_RENORMALISED,
     "HYV3TopKRouter": Router("sigmoid", True, epsilon=1e-20),
     "HYV4TopkRouter": _SIGMOID_CONFIGURED,
+    "HYV4VLTopkRouter": _SIGMOID_CONFIGURED,
     "HunYuanMoEV1Gate": _SOFTMAX_RENORMALISED,
+    "Inkling2LoopTopKRouter": _by_activation,
     "Inkling2TopKRouter": _by_activation,
     "JambaSparseMoeBlock": _SOFTMAX,
     "JambaTopKRouter": _SOFTMAX,
     "KimiLinearTopkRouter": _SIGMOID_CONFIGURED,
     "Kolibri1TopKRouter": _SIGMOID_WITHOUT_EPSILON,
     "LagunaTopKRouter": _SIGMOID_RENORMALISED,
+    "LaraMiniTopKRouter": _SOFTMAX_CONFIGURED,
     "Lfm2MoeSparseMoeBlock": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "Lfm2MoeTopKRouter": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "LongcatFlashTopkRouter": Router("softmax", False, further="identity"),
@@ -187,8 +190,8 @@ def register_router(name: str, router: Router) -> None:
     """Say what a router of your own computes, so that DenseMixer trains the models that have it.
 
     At the first training forward of each layer, and now and then later, it is compared with the weights that the layer
-    really uses; a wrong declaration is an error there. Call it before DenseMixer is attached: best in the module that
-    defines the router. Registering a name again takes the earlier one's place.
+    really uses; a wrong declaration is an error there. Call it before DenseMixer is attached. Registering a name again
+    takes the earlier one's place.
 
     Args:
         name: The name of the router's class; where the router is a plain ``nn.Linear``, of the class of the block that
@@ -201,15 +204,12 @@ def register_router(name: str, router: Router) -> None:
     """
     if not isinstance(name, str) or not isinstance(router, Router):
         raise TypeError(
-            "register_router: takes the name of the router's class and a Router, such as "
-            f'register_router("MyRouter", Router("softmax", renormalised=True)); got {name!r} and {router!r}'
+            f"register_router: takes the name of the router's class, and a Router; got {name!r} and {router!r}"
         )
     if router.score not in SCORE_FUNCTIONS:
-        raise ValueError(
-            f"register_router: the score of {name} must be one of {', '.join(SCORE_FUNCTIONS)}; got {router.score!r}"
-        )
+        raise ValueError(f"register_router: {router.score!r} is none of the scores {', '.join(SCORE_FUNCTIONS)}")
     if name in ROUTERS or name in CONVENTIONAL:
-        raise ValueError(f"register_router: {name} is declared already. Give a router of your own a name of its own.")
+        raise ValueError(f"register_router: {name} is declared already; give a router of your own a name of its own")
     _REGISTERED[name] = router
 
 
