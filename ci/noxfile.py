@@ -243,6 +243,14 @@ def torchtitan(session: nox.Session) -> None:
     run_tests(session, "tests/torchtitan")
 
 
+@nox.session(default=False)
+def parallel_sweep(session: nox.Session) -> None:
+    """Each architecture of transformers under its expert and its tensor parallelism, on two ranks."""
+    install(session, "transformers-5.23.0")
+    install_editable(session)
+    run_tests(session, "tests/running/test_parallel_sweep.py", env={"PARALLEL_SWEEP": "1"})
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys

@@ -141,6 +141,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "glm4v_moe": dict(text_config=dict(rope_parameters=_rope(2, 1, 1))),
     "glm5_next": dict(qk_rope_head_dim=0),
     "granitemoehybrid": dict(mamba_n_heads=4),
+    "hy_v4_vl": dict(text_config=dict(rope_parameters=_rope(2, 1, 1))),
+    "inkling2_loop": dict(vision_config=dict(text_hidden_size=32)),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mimo_v2_flash": dict(num_key_value_heads=2),
     "mistral_large4": dict(vision_config=_tower("pixtral")),

@@ -76,6 +76,8 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "ep_implementation all_to_all",
             "batches of different lengths",
             "a hook on one rank",
+            "torch.compile",
+            "LoRA on attention and routers",
             "bfloat16",
             *_DOORS,
             "Trainer",  # on a CPU, accelerate refuses tensor parallelism
@@ -83,7 +85,13 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "refused: pipeline parallelism",
             "refused: kernels of Mega MoE",
             "refused: a part of a model",
+            "PEFT's error: experts",
+            "PEFT's error: routers in full",
         ),
+    ),
+    "FSDP 2": (
+        {"fsdp_size": 2},
+        ("LoRA on attention and routers", "LoRA on routers and experts", "PEFT's error: routers in full"),
     ),
     "TP 2 · EP 2": (
         {"tp_size": 2, "ep_size": 2},
@@ -93,24 +101,62 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "DeepSeek-V3",
             "ep_implementation all_to_all",
             "ep_implementation all_reduce",
+            "LoRA on attention and routers",
+            "LoRA, routers in full",
             *_DOORS,
+            "PEFT's error: experts",
         ),
     ),
-    "TP 2": ({"tp_size": 2}, ("plain", "centered", *_KINDS, "DeepSeek-V3", "Qwen2-MoE", "gpt-oss", *_DOORS)),
+    "TP 2": (
+        {"tp_size": 2},
+        (
+            "plain",
+            "centered",
+            *_KINDS,
+            "DeepSeek-V3",
+            "Qwen2-MoE",
+            "gpt-oss",
+            "torch.compile",
+            "LoRA on attention and routers",
+            "LoRA, routers in full",
+            *_DOORS,
+            "PEFT's error: experts",
+            "PEFT's error: down_proj of experts",
+            "PEFT's error: o_proj",
+        ),
+    ),
     "FSDP 4 · EP 2": ({"fsdp_size": 4, "ep_size": 2}, ("plain", "gpt-oss")),
     "FSDP 4 · EP 4": ({"fsdp_size": 4, "ep_size": 4}, ("plain",)),
     "FSDP 2 · TP 2": ({"fsdp_size": 2, "tp_size": 2}, ("plain", "checkpointing non-reentrant")),
-    "FSDP 2 · TP 2 · EP 2": ({"fsdp_size": 2, "tp_size": 2, "ep_size": 2}, ("plain", "ep_implementation all_reduce")),
+    "FSDP 2 · TP 2 · EP 2": (
+        {"fsdp_size": 2, "tp_size": 2, "ep_size": 2},
+        ("plain", "ep_implementation all_reduce", "LoRA on routers", "PEFT's error: attention"),
+    ),
     "FSDP 2 · TP 2 · EP 4": (
         {"fsdp_size": 2, "tp_size": 2, "ep_size": 4},
-        ("plain", "checkpointing reentrant", "gpt-oss", "batches of different lengths", "router metrics"),
+        (
+            "plain",
+            "checkpointing reentrant",
+            "gpt-oss",
+            "batches of different lengths",
+            "router metrics",
+            "saved checkpoints",
+        ),
     ),
     "HSDP 2 × 2 · EP 2": ({"dp_replicate_size": 2, "fsdp_size": 2, "ep_size": 2}, ("plain",)),
     "HSDP 2 × 1 · TP 2 · EP 2": ({"dp_replicate_size": 2, "tp_size": 2, "ep_size": 2}, ("plain",)),
 }
 
 
-NO_GRADIENTS = ("bfloat16", "budget", "router metrics", "saved checkpoints", "changed output", "refused")
+NO_GRADIENTS = (
+    "bfloat16",
+    "budget",
+    "router metrics",
+    "saved checkpoints",
+    "changed output",
+    "refused",
+    "PEFT's error",
+)
 """How the names of the variations begin that show something else than gradients in float32."""
 
 

@@ -1,6 +1,7 @@
 """Print the matrix as tables: the worst error of each way of running, and that of each cell, in the last reports.
 
-Then that of transformers' own parallelism, which docs/transformers-parallel.md has.
+Then those of transformers' own parallelism, which docs/transformers-parallel.md has: its layouts, and what became of
+each architecture (of the session `parallel_sweep`).
 
 .venv/bin/nox -f ci/noxfile.py -s transformers -- tests/running
 python tests/running/matrix_table.py
@@ -10,10 +11,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matrix
 
 VERSIONS = ("5.5.4", "5.23.0")
+SWEEP = {
+    "exact": "exact",
+    "elsewhere": "exact in the routers; of other parameters wrong, without DenseMixer too",
+    "wrong": "wrong without DenseMixer too",
+    "fails": "none: transformers can't load or run it there, without DenseMixer either",
+    "no plan": "none: transformers has no plan for it",
+    "refused": "refused, as in one process",
+}
+"""What may become of an architecture that transformers spreads over ranks."""
 
 
 def rows() -> Iterator[tuple[str, ...]]:
@@ -46,6 +57,12 @@ def parallel_worst(way: str, variations: Sequence[str]) -> str:
     if any("error" not in result for result in results):
         return "failed"
     return f"{max(result['error'] for result in results):.1e}"
+
+
+def sweep_rows(found: dict[str, dict[str, dict[str, Any]]]) -> Iterator[tuple[str, ...]]:
+    for kind, text in SWEEP.items():
+        cells = ([name for name, ways in found.items() if ways[way]["kind"] == kind] for way in ("EP", "TP"))
+        yield text, *(f"{len(names)}: {', '.join(names)}" if names else "none" for names in cells)
 
 
 def worst(name: str, version: str, exactly: bool = False) -> str:
@@ -88,6 +105,13 @@ def main() -> None:
     print("|---|---|---|---|")
     for row in parallel_rows():
         print(line(row))
+    sweep = matrix.report_of("parallel_sweep", VERSIONS[-1])
+    if sweep.exists():
+        print()
+        print(line(["Gradients", "EP (FSDP 2 · EP 2)", "TP (TP 2)"]))
+        print("|---|---|---|")
+        for row in sweep_rows(json.loads(sweep.read_text())):
+            print(line(row))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
 """Each architecture of the installed transformers on two ranks, by expert and by tensor parallelism.
 
-Usage: PYTHONPATH=tests python tests/running/parallel_sweep.py [FOLDER]...
+Usage: PYTHONPATH=tests python tests/running/parallel_sweep.py REPORT [FOLDER]...
 
-For each it prints how far the gradients are from those of one process: conventional ones, which are the host's affair,
-and the routers' with DenseMixer, which one process computes as `tests/transformers/test_architectures.py` shows. No
-part of the test session: it takes minutes.
+The gradients are compared with those of one process: conventional ones, which are the host's affair, and the routers'
+with DenseMixer, which one process computes as `tests/transformers/test_architectures.py` shows. The report is JSON: for
+each architecture and way its `Outcome`.
 """
 
 from __future__ import annotations
 
-import datetime
+import dataclasses
+import json
 import os
 import sys
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import architectures
 import torch
 import torch.distributed as dist
+import transformers
+from ranks import join
 from torch import Tensor, multiprocessing, nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
@@ -25,6 +29,23 @@ from transformers.distributed import DistributedConfig
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 
 LAYOUTS = {"EP": {"fsdp_size": 2, "ep_size": 2}, "TP": {"tp_size": 2}}
+BATCH = 6  # architectures a process: each model leaves groups of gloo behind, with threads that slow all others down
+HOST = 1e-4  # in float32; transformers' own gradients are right to 3e-5, or wrong by 0.5 and more
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of one architecture.
+
+    Attributes:
+        kind: One of `matrix_table.SWEEP`.
+        error: Of the routers' gradients with DenseMixer; None if there are none.
+        more: What transformers or DenseMixer said.
+    """
+
+    kind: str
+    error: float | None = None
+    more: str = ""
 
 
 def step(model: nn.Module, parts: int = 1) -> dict[str, Tensor]:
@@ -46,7 +67,7 @@ def worst(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(error.item() for error in errors)
 
 
-def outcome(folder: str, cls: Any, layout: dict[str, int]) -> str:
+def outcome(folder: str, cls: Any, layout: dict[str, int]) -> Outcome:
     model, place = architectures.build(folder, cls), [tempfile.mkdtemp()]
     dist.broadcast_object_list(place)
     if dist.get_rank() == 0:
@@ -57,38 +78,53 @@ def outcome(folder: str, cls: Any, layout: dict[str, int]) -> str:
         "experts_implementation": "eager",
         "attn_implementation": "eager",
     }
+    parts = layout.get("fsdp_size", 1)
     try:
         spread = cls.from_pretrained(place[0], distributed_config=DistributedConfig(**layout), **options).train()
-        parts = layout.get("fsdp_size", 1)
-        conventional = worst(step(spread, parts), step(model))
+        found, truth = step(spread, parts), step(model)
+        conventional = worst(found, truth)
     except Exception as error:
-        return f"transformers itself: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        return Outcome("no plan" if "_plan`" in str(error) else "fails", more=f"{type(error).__name__}: {error}"[:300])
     try:
         apply_densemixer(spread)
     except UnsupportedModelError as error:
-        return f"refused: {error}"
-    found = step(spread, parts)
+        return Outcome("refused", more=str(error))
     with apply_densemixer(model) as handle:
         names = tuple(f"{layer.router_name}." for layer in handle.layers)
-        truth = {name: gradient for name, gradient in step(model).items() if name.startswith(names)}
-    return f"conventional {conventional:.1e}, routers with DenseMixer {worst(found, truth):.1e}"
+        dense = {name: gradient for name, gradient in step(model).items() if name.startswith(names)}
+    if worst(found, {name: truth[name] for name in dense}) > HOST:
+        return Outcome("wrong")
+    error = worst(step(spread, parts), dense)
+    return Outcome("exact" if conventional <= HOST else "elsewhere", error)
 
 
-def run(rank: int, store: str, folders: list[str]) -> None:
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=datetime.timedelta(seconds=60)
-    )
+def run(rank: int, store: str, folders: list[str], report: Path) -> None:
+    join(rank, 2, store)
     os.environ["LOCAL_RANK"] = str(rank)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    found = json.loads(report.read_text())
     for folder in folders:
-        for cls in architectures.model_classes(folder):
-            for name, layout in LAYOUTS.items():
-                found = outcome(folder, cls, layout)
-                if rank == 0:
-                    print(f"{folder} ({cls.__name__}), {name}: {found}", flush=True)
+        classes = architectures.model_classes(folder)
+        for cls in classes:
+            name = folder if len(classes) == 1 else f"{folder} ({cls.__name__})"
+            found[name] = {way: vars(outcome(folder, cls, layout)) for way, layout in LAYOUTS.items()}
+            if rank == 0:
+                print(name, found[name], flush=True)
     dist.barrier()
+    if rank == 0:
+        report.write_text(json.dumps(found))
     os._exit(0)  # threads of gloo may outlive what they belong to
 
 
+def main(report: Path, *chosen: str) -> None:
+    folders = list(chosen) or architectures.found()
+    report.write_text("{}")
+    for start in range(0, len(folders), BATCH):
+        # Forked: importing transformers takes longer than most that is done with it here.
+        arguments = (tempfile.mktemp(), folders[start : start + BATCH], report)
+        multiprocessing.start_processes(run, arguments, nprocs=2, start_method="fork")
+
+
 if __name__ == "__main__":
-    arguments = (tempfile.mktemp(), sys.argv[1:] or architectures.found())
-    multiprocessing.start_processes(run, arguments, nprocs=2, start_method="fork")
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -1,4 +1,4 @@
-"""DenseMixer on a live model of transformers 5: `apply_densemixer`.
+"""DenseMixer on a live model of transformers 5: `apply_densemixer`; `register_router` for a router of your own.
 
 ``attach``        attaches to a model, and takes off again
 ``find``          the layers of a model
@@ -26,14 +26,17 @@ from densemixer_adapters.transformers.attach import (
     has_experts,
 )
 from densemixer_adapters.transformers.layer import DenseMixerLayer
+from densemixer_adapters.transformers.routers import Router, register_router
 
 __all__ = [
     "DenseMixerHandle",
     "DenseMixerLayer",
+    "Router",
     "UnsupportedModelError",
     "apply_densemixer",
     "attach",
     "attached_handle",
     "attached_layers",
     "has_experts",
+    "register_router",
 ]

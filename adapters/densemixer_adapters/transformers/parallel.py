@@ -32,7 +32,8 @@ def why_not(whole: Any | None, experts: nn.Module) -> tuple[str, str] | None:
         whole: The model that transformers has distributed, if there is one.
         experts: The module with the stacked weights.
     """
-    if hasattr(experts, "_hf_tp_plan"):  # until 5.23; the weights stay plain tensors that don't say what they are of
+    # Until 5.23; the weights stay plain tensors that do not say what they are of. PEFT marks sharded ones so, too.
+    if hasattr(experts, "_hf_tp_plan") and _dimension(experts) is None:
         return (
             "transformers has split its experts between processes by tp_plan. DenseMixer works with the tensor and "
             "expert parallelism of transformers from 5.23 on",

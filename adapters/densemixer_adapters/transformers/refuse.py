@@ -15,7 +15,7 @@ from densemixer_adapters.transformers import calls
 from densemixer_adapters.transformers.calls import Call
 from densemixer_adapters.transformers.experts import is_stacked, weight_names
 from densemixer_adapters.transformers.parallel import why_not
-from densemixer_adapters.transformers.routers import Router, router_of
+from densemixer_adapters.transformers.routers import Router, line_to_register, router_of
 from densemixer_adapters.transformers.weights import why_unreadable
 from densemixer_core import Derivation, ExpertWeights
 
@@ -37,9 +37,10 @@ def known_router(where: str, router: nn.Module, block: nn.Module) -> Router:
     if spec is None:
         raise UnsupportedModelError(
             f"{where}: its router {type(router).__name__} is unknown to DenseMixer, which must know how scores "
-            "become weights. Those that it knows are in densemixer_adapters/transformers/routers.py, and in "
-            "docs/models.md by architecture. A newer densemixer-adapters may know it; otherwise switch DenseMixer "
-            "off for this model."
+            "become weights. If it is your own, declare it first (docs/own-router.md): "
+            f"`{line_to_register(router, block)}`, both from densemixer_adapters.transformers. If it is one of "
+            "transformers that isn't in densemixer_adapters/transformers/routers.py, a newer densemixer-adapters "
+            "may know it. Or switch DenseMixer off for this model."
         )
     return spec
 

@@ -1,7 +1,8 @@
 """What each router of transformers computes, and which layers the method isn't for: declared here and nowhere else.
 
-A declaration is compared with the weights that the model really uses at the first training forward of each layer, so a
-wrong line here stops the training; it can't bend it silently.
+Routers of a user's own are declared by `register_router`. A declaration is compared with the weights that the model
+really uses at the first training forward of each layer, so a wrong line here stops the training; it can't bend it
+silently.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Literal, TypeVar
 from torch import Tensor, nn
 
 from densemixer_core import router_scores
+from densemixer_core.routing import SCORE_FUNCTIONS
 
 _T = TypeVar("_T")
 
@@ -22,8 +24,8 @@ class Router:
     """How a router turns logits into the weights of the experts it selects.
 
     Args:
-        score: Name of the score function, see `densemixer_core.routing`. Biases, groups and noise that act on the
-            selection alone don't matter here.
+        score: Name of the score function: ``"softmax"``, ``"sigmoid"`` or ``"sqrtsoftplus"``. Biases, groups and noise
+            that act on the selection alone don't matter here.
         renormalised: Whether the scores of the selected experts are divided by their sum: yes, no, or the name of the
             attribute of the router or its block that says so. A softmax over the selected experts' logits is a softmax
             over all that is renormalised.
@@ -117,13 +119,16 @@ ROUTERS: dict[str, Router | Callable[[nn.Module], Router]] = {
     "GraniteMoeTopKRouter": _SOFTMAX_RENORMALISED,
     "HYV3TopKRouter": Router("sigmoid", True, epsilon=1e-20),
     "HYV4TopkRouter": _SIGMOID_CONFIGURED,
+    "HYV4VLTopkRouter": _SIGMOID_CONFIGURED,
     "HunYuanMoEV1Gate": _SOFTMAX_RENORMALISED,
+    "Inkling2LoopTopKRouter": _by_activation,
     "Inkling2TopKRouter": _by_activation,
     "JambaSparseMoeBlock": _SOFTMAX,
     "JambaTopKRouter": _SOFTMAX,
     "KimiLinearTopkRouter": _SIGMOID_CONFIGURED,
     "Kolibri1TopKRouter": _SIGMOID_WITHOUT_EPSILON,
     "LagunaTopKRouter": _SIGMOID_RENORMALISED,
+    "LaraMiniTopKRouter": _SOFTMAX_CONFIGURED,
     "Lfm2MoeSparseMoeBlock": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "Lfm2MoeTopKRouter": Router("sigmoid", "norm_topk_prob", epsilon=1e-6),
     "LongcatFlashTopkRouter": Router("softmax", False, further="identity", scored="n_routed_experts"),
@@ -185,17 +190,54 @@ REFUSED: dict[str, str] = {
 """Blocks that DenseMixer can't train, by the name of their class, and why; unless their router is in `ROUTERS`."""
 
 
+_REGISTERED: dict[str, Router] = {}
+
+
+def register_router(name: str, router: Router) -> None:
+    """Say what a router of your own computes, so that DenseMixer trains the models that have it.
+
+    At the first training forward of each layer, and now and then later, it is compared with the weights that the layer
+    really uses; a wrong declaration is an error there. Call it before DenseMixer is attached. Registering a name again
+    takes the earlier one's place.
+
+    Args:
+        name: The name of the router's class; where the router is a plain ``nn.Linear``, of the class of the block that
+            owns it. Subclasses go with it.
+        router: What it computes.
+
+    Raises:
+        TypeError: One of them is of another type.
+        ValueError: The score isn't known, or the class is one of transformers', whose declaration is built in.
+    """
+    if not isinstance(name, str) or not isinstance(router, Router):
+        raise TypeError(
+            f"register_router: takes the name of the router's class, and a Router; got {name!r} and {router!r}"
+        )
+    if router.score not in SCORE_FUNCTIONS:
+        raise ValueError(f"register_router: {router.score!r} is none of the scores {', '.join(SCORE_FUNCTIONS)}")
+    if name in ROUTERS or name in CONVENTIONAL:
+        raise ValueError(f"register_router: {name} is declared already; give a router of your own a name of its own")
+    _REGISTERED[name] = router
+
+
+def line_to_register(router: nn.Module, block: nn.Module) -> str:
+    """What to write for an unknown router, with its name filled in."""
+    owner = block if type(router) is nn.Linear else router
+    return f'register_router("{type(owner).__name__}", Router("softmax", renormalised=True))'
+
+
 def router_of(router: nn.Module, block: nn.Module) -> Router | None:
     """What is declared for a block's router; None if it is unknown.
 
     Raises:
         LookupError: DenseMixer can't train the block. The message says why.
     """
-    declared = _named(ROUTERS, router)
+    known = {**ROUTERS, **_REGISTERED}
+    declared = _named(known, router)
     if declared is None:
         if (reason := _named(REFUSED, block)) is not None:
             raise LookupError(reason)
-        declared = _named(ROUTERS, block)
+        declared = _named(known, block)
     return declared(router) if callable(declared) else declared
 
 

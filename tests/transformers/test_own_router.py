@@ -1,0 +1,160 @@
+"""A router of a user's own: declared by a line, checked like those of transformers, and shown whole on its page."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from pages import REPOSITORY, blocks
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from densemixer_adapters.transformers import Router, UnsupportedModelError, apply_densemixer, register_router, routers
+from densemixer_core import RoutingMismatchError
+
+MODEL, DECLARATION, TRAINING = (
+    block.text for block in blocks(REPOSITORY / "docs" / "own-router.md") if block.language == "python"
+)
+
+
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routers, "_REGISTERED", {})
+
+
+@pytest.fixture
+def page() -> types.SimpleNamespace:
+    """What the first block of the page defines. Its classes need a module, as those of a file would have."""
+    names: dict[str, Any] = {"__name__": "own"}
+    exec(compile(MODEL, "own-router.md", "exec"), names)
+    return types.SimpleNamespace(**names)
+
+
+def build(page: Any) -> Any:
+    torch.manual_seed(0)
+    model = page.MyModel(page.MyConfig())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model.double()
+
+
+def gradients(model: Any, ids: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    F.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def dense(page: Any, model: Any, index: Tensor) -> Any:
+    """The model with a layer that is the oracle's."""
+    truth = build(page)
+    block = truth.block
+
+    def forward(block: Any, hidden_states: Tensor) -> Tensor:
+        x = hidden_states.flatten(0, 1)
+        experts = block.experts
+        functions = [
+            oracle.gated_expert(*experts.gate_up_proj[j].chunk(2), experts.down_proj[j], F.silu) for j in range(8)
+        ]
+        formula = oracle.Formula(functions, torch.sigmoid, True, 2.5)
+        y = oracle.densemixer(x, F.linear(x, block.router.weight), index, formula, "densemixer")
+        return y.reshape(hidden_states.shape)
+
+    block.forward = types.MethodType(forward, block)
+    return truth
+
+
+def test_the_model_of_the_page_trains_as_the_oracle_says(page: Any) -> None:
+    model, ids, seen = build(page), torch.arange(24).reshape(2, 12), []
+    exec(DECLARATION, {})
+    model.block.experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+    conventional = gradients(model, ids)
+    before = model(ids)
+    apply_densemixer(model)
+    assert torch.equal(model(ids), before)
+    ours = gradients(model, ids)
+    with oracle.Float64():
+        truth = gradients(dense(page, model, seen[0]), ids)
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert oracle.worst_error(ours[name], expected) <= 1e-10, name
+    name = "block.router.weight"
+    assert oracle.relative_error(conventional[name], truth[name]) > 0.1
+
+
+def test_the_page_trains(page: Any) -> None:
+    exec(DECLARATION, {})
+    names = dict(vars(page))
+    exec(TRAINING, names)
+    assert names["loss"].isfinite()
+
+
+def test_the_line_of_the_message_is_what_is_to_be_written(page: Any) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"block .*MyTopKRouter is unknown.*own-router\.md") as caught:
+        apply_densemixer(build(page))
+    line = str(caught.value).split("own-router.md): `")[1].split("`")[0]
+    assert line == 'register_router("MyTopKRouter", Router("softmax", renormalised=True))'
+    exec(line, {"register_router": register_router, "Router": Router})
+    apply_densemixer(build(page))
+
+
+def test_a_wrong_declaration_stops_the_first_step_and_can_be_put_right(page: Any) -> None:
+    model, ids = build(page), torch.arange(24).reshape(2, 12)
+    register_router("MyTopKRouter", Router("softmax", renormalised=True))
+    with apply_densemixer(model), pytest.raises(RoutingMismatchError, match=r"block\.router \(MyTopKRouter\)"):
+        gradients(model, ids)
+    register_router("MyTopKRouter", Router("sigmoid", renormalised=True))
+    with apply_densemixer(model):
+        gradients(model, ids)
+
+
+def test_a_plain_linear_router_goes_by_its_block(page: Any) -> None:
+    """Its class says nothing."""
+
+    class MyBlock(page.MyBlock):
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            self.router = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            x = hidden_states.flatten(0, 1)
+            weights, index = self.router(x).softmax(-1).topk(2, dim=-1)
+            return self.experts(x, index, weights).reshape(hidden_states.shape)
+
+    block, x = MyBlock(page.MyConfig()), torch.randn(2, 4, page.MyConfig().hidden_size)
+    with pytest.raises(UnsupportedModelError, match=r'register_router\("MyBlock", Router'):
+        apply_densemixer(block)
+    register_router("MyBlock", Router("softmax", renormalised=False))
+    with apply_densemixer(block):
+        block(x).sum().backward()
+
+
+def test_a_subclass_may_differ_from_what_it_is_of() -> None:
+    """The nearest class says what it is, be it of transformers or not."""
+    kind = type("MyRouter", (type("Qwen3MoeTopKRouter", (nn.Module,), {}),), {})
+    assert routers.router_of(kind(), nn.Module()) == routers.ROUTERS["Qwen3MoeTopKRouter"]
+    declared = Router("sigmoid", renormalised=False)
+    register_router("MyRouter", declared)
+    assert routers.router_of(kind(), nn.Module()) == declared
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            (nn.Linear, Router("softmax", True)),
+            TypeError,
+            "takes the name of the router's class, and a Router; got <class",
+        ),
+        (("MyRouter", "softmax"), TypeError, "got 'MyRouter' and 'softmax'"),
+        (("MyRouter", Router("gelu", True)), ValueError, "'gelu' is none of the scores softmax, sigmoid, sqrtsoftplus"),
+        (("Qwen3MoeTopKRouter", Router("sigmoid", True)), ValueError, "declared already"),
+        (("DeepseekV4HashRouter", Router("sigmoid", True)), ValueError, "declared already"),
+    ],
+)
+def test_what_is_no_declaration(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        register_router(*arguments)
