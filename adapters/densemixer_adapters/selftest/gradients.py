@@ -63,7 +63,8 @@ def _one(implementation: str, dtype: torch.dtype, device: str) -> Iterator[Outco
     except (RuntimeError, NotImplementedError) as error:
         yield Outcome("gradients", case, "skipped", f"without DenseMixer: {str(error).splitlines()[0]}")
         return
-    for estimator in ESTIMATORS:
+    # They differ by a number for each token, which a dtype does nothing else to.
+    for estimator in ESTIMATORS if dtype == torch.float32 else ESTIMATORS[:1]:
         yield _compare("gradients", f"{case}, {estimator}", model, dtype, device, estimator)
 
 
@@ -80,9 +81,8 @@ def check_compile(device: str) -> Iterator[Outcome]:
         return
     finally:
         torch.compiler.reset()
-    for estimator in ESTIMATORS:
-        yield _compare("compile", f"float32, {estimator}", model, torch.float32, device, estimator, compiled=True)
-        torch.compiler.reset()
+    yield _compare("compile", "float32, densemixer", model, torch.float32, device, "densemixer", compiled=True)
+    torch.compiler.reset()
 
 
 def _compare(
