@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def _run(meeting: Path, ranks: int, backend: str, device: str) -> Iterator[Outco
 def _rank(rank: int, ranks: int, meeting: str, backend: str, device: str) -> None:
     """One process: its tokens and its experts alone; what it finds goes to a file."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)  # the names of collectives that torch before 2.13 has no other for
     dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     x, g = products.rows(torch.float32, device)
     everything = products.experts(torch.float32, device, False, False)
