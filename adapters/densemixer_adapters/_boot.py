@@ -79,6 +79,11 @@ def _is_off(variable: str, default: str) -> bool:
     return (os.environ.get(variable, "").strip().lower() or default) in OFF
 
 
+def enabled_unless_set() -> str:
+    """The value of ``DENSEMIXER_ENABLED`` for a program that we start: 1, or what the user has set it to."""
+    return os.environ.get(ENABLED, "").strip() or "1"
+
+
 def is_live() -> bool:
     """Whether the hook is in place in this process."""
     return _Finder in sys.meta_path

@@ -106,8 +106,7 @@ def _find(script: str) -> tuple[str | None, Path]:
 def _enable() -> None:
     if _boot.is_switched_off():
         _fail(f"{_boot.SWITCH}={os.environ[_boot.SWITCH]} switches all hooks off; unset it.")
-    if not os.environ.get(_boot.ENABLED, "").strip():
-        os.environ[_boot.ENABLED] = "1"
+    os.environ[_boot.ENABLED] = _boot.enabled_unless_set()
     if not _boot.is_live():
         _boot.PATCHES["ray"] = "densemixer_adapters.open_instruct:patch_ray"
     from densemixer_adapters.environment import read_settings

@@ -70,14 +70,14 @@ def recognise(
     size = torch.tensor([0.1, 0.5, 1, 2, 4, 6, 8, 12, 50, 1000], device="cpu")
     values = torch.cat([-size.flip(0), size])
     pairs = torch.cartesian_prod(values, values).T.reshape(2, len(values), -1)
-    probe = torch.cat([*pairs], -1) if gated else pairs[0]
+    inputs = torch.cat([*pairs], -1) if gated else pairs[0]
     try:
-        expected = activation(probe)
+        expected = activation(inputs)
     except RuntimeError as error:  # it has parameters elsewhere, or computes on a GPU only
         logger.debug("DenseMixer knows no formula for an activation that doesn't run on the CPU: %s", error)
         return None
     for candidate in _candidates(gated, alpha, limit):
-        found = candidate(probe)
+        found = candidate(inputs)
         if found.shape == expected.shape and torch.allclose(found, expected.to(found), rtol=1e-5, atol=1e-6):
             return candidate
     logger.debug("DenseMixer knows no formula for the activation %r; it computes expert by expert", activation)

@@ -83,7 +83,7 @@ def test_a_module_is_patched_as_it_is_imported(python: Environment, tmp_path: Pa
 
 def test_the_command_line(python: Environment) -> None:
     """With typer installed for that version: it comes with compiled code."""
-    wanted = ["typer>=0.16", "packaging"]  # what the command needs, as in pyproject.toml
+    wanted = ["typer>=0.16", "packaging", "rich"]  # what the command needs, as in pyproject.toml
     pip = [sys.executable, "-m", "pip", "--python", python.python, "install", "--quiet", "--no-compile"]
     installed = subprocess.run([*pip, *wanted], capture_output=True, text=True)
     if installed.returncode:

@@ -22,7 +22,8 @@ from torch import Tensor, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from densemixer_adapters.expert_parallel import Spread, bytes_sent, gathered_dots
+from densemixer_adapters.collectives import bytes_sent
+from densemixer_adapters.expert_parallel import Spread, gathered_dots
 from densemixer_core import DenseMixerConfig, ExpertLayout, ExpertWeights, Known, StackedExperts, routed_output
 
 EXPERTS, K, HIDDEN, FFN = 8, 2, 15, 12  # of which no grouped product is made, so that all are counted

@@ -129,7 +129,8 @@ def test_sessions_are_there() -> None:
 
 
 def test_subcommands_are_there() -> None:
-    commands = functions(PACKAGES["densemixer_adapters"] / "densemixer_adapters" / "cli" / "app.py")
+    cli = PACKAGES["densemixer_adapters"] / "densemixer_adapters" / "cli"
+    commands = functions(cli / "app.py") | functions(cli / "launch.py")
     for page, command in everything_named(r"^densemixer ([a-z]\w*)"):
         assert command in commands, f"{page}: densemixer {command}"
 

@@ -54,7 +54,9 @@ def test_uv_run(llamafactory: LlamaFactory, tmp_path: Path) -> None:
     if uv is None:
         pytest.skip("needs uv: `pip install uv`, or run nox")
     wheel = build_wheel(tmp_path)
-    borrowed = ", ".join(f"\"{name}; sys_platform == 'never'\"" for name in ("jinja2", "packaging", "torch", "typer"))
+    borrowed = ", ".join(
+        f"\"{name}; sys_platform == 'never'\"" for name in ("jinja2", "packaging", "rich", "torch", "typer")
+    )
     (tmp_path / "pyproject.toml").write_text(
         f"""[project]
 name = "training"

@@ -142,6 +142,13 @@ def test_older_names_still_work() -> None:
         assert attached(layer).layers == handle.layers != []
 
 
+def test_a_rank_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some programs use the variable for something else."""
+    layer = build(Case())
+    monkeypatch.setenv("RANK", "worker-0")
+    assert apply_densemixer(layer).layers
+
+
 def test_attached_twice_is_an_error() -> None:
     layer = build(Case(), moe_densemixer=True)
     with pytest.raises(RuntimeError, match="attached already, by apply_densemixer or moe_densemixer"):

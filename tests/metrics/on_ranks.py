@@ -33,7 +33,7 @@ Metrics = list[dict[str, float]]
 
 
 def two_steps(handle: DenseMixerHandle, model: Any, run: Callable[[], None], optimizer: Any) -> Metrics:
-    """``run`` makes gradients, and steps where ``optimizer`` is None. ``model`` is what the probe calls."""
+    """``run`` makes gradients, and steps where ``optimizer`` is None. ``model`` is what the batch is run through."""
     metrics = RouterMetrics(handle.layers, model)
     found = []
     for _ in range(2):

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from densemixer_adapters.callback import DenseMixerCallback, patch_trainer
-from densemixer_adapters.metrics.drift import Probe
+from densemixer_adapters.metrics.drift import RoutingDrift
 from densemixer_adapters.metrics.gradients import RouterMeter, named
 from densemixer_adapters.metrics.lost_updates import LostUpdates
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer, attached_layers
@@ -141,7 +141,7 @@ def test_a_frozen_router_has_no_gradient_metrics() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3"])
-def test_the_probe(name: str) -> None:
+def test_routing_drift(name: str) -> None:
     """Against selections and logits that are looked at by hand, without the padding."""
     family = FAMILIES[name]
     model: Any = family.build()
@@ -166,18 +166,18 @@ def test_the_probe(name: str) -> None:
         centred = [z - z.mean(-1, keepdim=True) if name == "qwen3_moe" else z for z in flat]
         return [index[real] for index in indices], centred
 
-    probe = Probe(apply_densemixer(model).layers, model)
-    assert probe.measure() == {}
+    routing = RoutingDrift(apply_densemixer(model).layers, model)
+    assert routing.measure() == {}
     with torch.no_grad():
         model(input_ids=ids)  # not a training forward
     model(input_ids=ids, attention_mask=mask, labels=ids)
     indices, logits = look()
-    assert probe.measure()["routing_change"] == probe.measure()["logit_drift"] == ([0.0] * 2, 0.0)
+    assert routing.measure()["routing_change"] == routing.measure()["logit_drift"] == ([0.0] * 2, 0.0)
     with torch.no_grad():
         for block in family.blocks(model):
             block.gate.weight += 0.1 * torch.randn(block.gate.weight.shape)
     changed, moved = look()
-    found = probe.measure()
+    found = routing.measure()
     for layer in range(2):
         gone = [len(set(a) - set(b)) for a, b in zip(indices[layer].tolist(), changed[layer].tolist(), strict=True)]
         assert found["routing_change"].layers[layer] == pytest.approx(sum(gone) / indices[layer].numel()) != 0

@@ -17,7 +17,7 @@ between them and the weights; with a budget below 1 the layer's output and 4 byt
 ``centered``, where weights are renormalised, 4·(k + 1) more. With gradient checkpointing for one layer at a time. The
 option `workspace_mb` bounds the temporaries of the backward.
 
-Where experts are spread over ranks, what each sends is that of `densemixer_adapters.expert_parallel.bytes_sent`. Ranks
+Where experts are spread over ranks, what each sends is that of `densemixer_adapters.collectives.bytes_sent`. Ranks
 that have the same tokens divide both F and X by their number.
 """
 
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from densemixer_adapters.expert_parallel import bytes_sent
+from densemixer_adapters.collectives import bytes_sent
 from densemixer_adapters.transformers import DenseMixerLayer, UnsupportedModelError, attach
 from densemixer_adapters.transformers.cost import expert_operations, extra_operations, selected_experts
 from densemixer_core import DenseMixerConfig

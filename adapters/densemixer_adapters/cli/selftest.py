@@ -9,10 +9,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
+from densemixer_adapters.cli.columns import columns
 from densemixer_adapters.cli.doctor import DISTRIBUTION
+from densemixer_adapters.cli.printable import printable
 from densemixer_adapters.selftest import Outcome
 
 COLOURS = {"ok": "green", "failed": "bold red", "skipped": "yellow"}
@@ -30,17 +31,14 @@ def watched(outcomes: Iterable[Outcome]) -> Iterator[Outcome]:
             yield outcome
 
 
-def show(outcomes: Iterable[Outcome]) -> None:
-    """Print the table and the versions, as wide as they are where the output is no terminal."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    table = Table("", "check", "case", "found", box=None, pad_edge=False)
-    for outcome in outcomes:
-        state = Text(outcome.state, COLOURS[outcome.state])
-        table.add_row(state, outcome.check, Text(outcome.case), Text(outcome.found))
-    console.print(table)
-    console.print(Text(f"\n{about()}"))
+def table(outcomes: Iterable[Outcome]) -> str:
+    """A line each."""
+    return columns(
+        [
+            (Text(one.state, COLOURS[one.state]), one.check, printable(one.case), printable(one.found))
+            for one in outcomes
+        ]
+    )
 
 
 def about() -> str:

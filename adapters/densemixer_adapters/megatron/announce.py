@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 from densemixer_adapters.megatron.host_layer import HostLayer
+from densemixer_adapters.transformers.announce import announce as log_on_first_rank
 
 logger = logging.getLogger("densemixer")
 
@@ -21,12 +21,9 @@ def announce(model: object, layers: Sequence[HostLayer], estimator: str) -> None
         layers: Those of this rank that DenseMixer is attached to.
         estimator: The option.
     """
-    logger.log(
-        logging.DEBUG if int(os.environ.get("RANK") or 0) else logging.INFO,
-        "DenseMixer is attached to %d layers of this rank's part of %s: estimator %s",
-        len(layers),
-        type(model).__name__,
-        estimator,
+    log_on_first_rank(
+        f"DenseMixer is attached to {len(layers)} layers of this rank's part of {type(model).__name__}: estimator "
+        f"{estimator}"
     )
     _warn([layer for layer in layers if layer.router_is_frozen])
 

@@ -163,7 +163,7 @@ class MegatronLayer(HostLayer):
         return True
 
     def _scores(self, logits: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """Those of all experts, of which the first are compared with what Megatron made of the logits."""
+        """Those of all experts; compared with what Megatron made of the logits, until some tokens have been."""
         if self.config.estimator == "conventional":
             return None
         scores = router_scores(logits.reshape(-1, logits.shape[-1]), self.score)

@@ -25,7 +25,7 @@ _FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head"
 """What a model is called with for the sake of a loss, the last by TRL's trainers. Without it none is computed."""
 
 
-class Probe:
+class RoutingDrift:
     """Runs the model on its first training batch again, in evaluation mode, and compares the routing.
 
     The batch is taken from the model's own forward, and run for the first time just before that. Nothing is drawn from

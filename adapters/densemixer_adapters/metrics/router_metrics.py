@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters.metrics.drift import Probe
+from densemixer_adapters.metrics.drift import RoutingDrift
 from densemixer_adapters.metrics.gradients import Measured, RouterMeter, named, sum_over_ranks
 from densemixer_adapters.metrics.lost_updates import LostUpdates
 from densemixer_adapters.metrics.names import NORM
@@ -41,7 +41,7 @@ class RouterMetrics:
     def __init__(self, layers: Sequence[DenseMixerLayer], model: nn.Module) -> None:
         self.layers = layers
         self._meter = RouterMeter(layers, load=True)
-        self._probe = Probe(layers, model)
+        self._drift = RoutingDrift(layers, model)
         self._lost = LostUpdates(layers)
         self._scale: float | None = 1.0
         self._failure: Exception | None = None  # since `measure`, on this rank
@@ -97,10 +97,10 @@ class RouterMetrics:
             gradients.pop(NORM, None)
         if all(layer.router_is_frozen for layer in self.layers):
             gradients = {NORM: Measured([0.0] * len(self.layers), 0.0)}
-        routing = self._meter.load() | self._probe.measure() | self._meter.pairs_left_out()
+        routing = self._meter.load() | self._drift.measure() | self._meter.pairs_left_out()
         return named(self.layers, gradients | routing | self._lost.measure())
 
     def remove(self) -> None:
         """Watch no longer."""
         self._meter.remove()
-        self._probe.remove()
+        self._drift.remove()

@@ -38,7 +38,7 @@ class Verdict:
 
 
 def judge(curves: Mapping[str, Points]) -> Verdict:
-    """From a run's metrics over all layers, by their names in `metric_names`.
+    """From a run's metrics over all layers, by their `names`.
 
     It follows from what was measured last: what is missing, or no number, is no evidence.
 
