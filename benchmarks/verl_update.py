@@ -1,6 +1,6 @@
 """What DenseMixer adds to an actor's update in verl, in time and memory, on this machine.
 
-Usage: PYTHONPATH=tests/verl python benchmarks/verl_update.py; the tests have what lets verl run without a GPU. verl's
+Usage: PYTHONPATH=tests:tests/verl python benchmarks/verl_update.py; tests have what lets verl run without a GPU. verl's
 training worker updates a Qwen3-MoE of 4 layers with 32 experts, 4 of them selected, on one FSDP2 rank. For the time,
 two workers in one process take turns; for the memory, each has a process of its own.
 """

@@ -100,7 +100,6 @@ SIGMOID = {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_fact
 
 LAYOUT_CASES = {
     "softmax after top-k": Case(),
-    "softmax before top-k": Case({"moe_router_pre_softmax": True}),
     "sigmoid": Case(SIGMOID),
     "recomputed": Case({"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
     "uneven": Case(dispatchers=("alltoall",), uneven=True),
@@ -115,6 +114,7 @@ OVERLAPPED = {**SHARED, "moe_shared_expert_overlap": True}
 BESIDE: dict[str, Any] = {"host_adds": True, "prepare": _fill_shared_experts}
 
 CASES = LAYOUT_CASES | {
+    "softmax before top-k": Case({"moe_router_pre_softmax": True}),
     "centered": Case(estimator="centered"),
     "centered, scaled": Case(SIGMOID, estimator="centered"),
     "top-1": Case({"moe_router_pre_softmax": True, "moe_router_topk": 1}),

@@ -131,7 +131,8 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
     found["metrics"] = measuring
     if layout.tensor > 1 and layout.expert == 1:  # with both, 0.13 refuses it
         found["metrics, tokens not split"] = functools.partial(measuring, split=False)
-    found["budget"] = drawing
+    if layout.processes == 2 or layout.expert_tensor > 1:  # the others spread tokens and experts as two ranks do
+        found["budget"] = drawing
     return found
 
 

@@ -58,6 +58,7 @@ GAE = shlex.split(
     critic.ppo_micro_batch_size_per_gpu=2 critic.ppo_mini_batch_size=4 critic.optim.lr=1e-2
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2
     actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=2
+    actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu=2
 """
 )
 SFT = shlex.split(
