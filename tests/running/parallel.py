@@ -53,7 +53,7 @@ VARIATIONS: dict[str, Callable[[Layout], Any]] = {
     "LoRA on routers": functools.partial(lora, wrap=adapters()),
     "LoRA on attention and routers": functools.partial(lora, wrap=adapters(["q_proj", "v_proj"])),
     "LoRA on routers and experts": functools.partial(lora, wrap=adapters(parameters=[ROUTER, *EXPERTS])),
-    "LoRA, routers in full": functools.partial(lora, wrap=adapters(["v_proj"], [], saved=["mlp.gate"])),
+    "LoRA with routers in full": functools.partial(lora, wrap=adapters(["v_proj"], [], saved=["mlp.gate"])),
     "batches of different lengths": uneven,
     "a hook on one rank": hooked,
     "bfloat16": half,

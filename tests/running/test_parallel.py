@@ -55,8 +55,8 @@ def test_cell(cell: str) -> None:
 @pytest.mark.parametrize("cell", [cell for cell in matrix.parallel_cells() if cell.endswith("torch.compile")])
 def test_compiles_once(cell: str) -> None:
     first, *later = report()[cell]["more"]["graphs"]
-    assert first > 0
     assert later == [first] * 2
+    assert first == 1 if cell.startswith("TP 2: ") else first > 1  # EP's dispatch breaks it
 
 
 @pytest.mark.parametrize("cell", [cell for cell in matrix.parallel_cells() if cell.endswith("saved checkpoints")])
