@@ -52,13 +52,8 @@ class Layout:
 
 LAYOUTS = {
     "one rank": Layout(1, backend="spmd_types"),
-    "one rank, full checkpointing": Layout(1, backend="spmd_types", checkpointing="full"),
-    "one rank, selective checkpointing": Layout(1, backend="spmd_types", checkpointing="selective"),
     "FSDP2": Layout(2, checkpointing="selective"),
     "EP2": Layout(2, expert=2, draws=True),
-    "EP2, full checkpointing": Layout(2, expert=2, checkpointing="full"),
-    "EP2, selective checkpointing": Layout(2, expert=2, checkpointing="selective"),
-    "EP2, full_dtensor": Layout(2, expert=2, backend="full_dtensor"),
     "TP2": Layout(2, tensor=2, checkpointing="full", draws=True),
     "TP2 EP2": Layout(2, expert=2, tensor=2),
     "FSDP2 EP2": Layout(4, expert=2, checkpointing="full"),
