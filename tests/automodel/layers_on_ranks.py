@@ -14,9 +14,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import oracle
 import torch
 import torch.distributed as dist
