@@ -24,6 +24,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     from launch import torchrun
 
     folder = tmp_path_factory.mktemp("verl")
+    (folder / "assets").mkdir()
     make_assets(folder / "assets")
     script = Path(__file__).parent / "verl_engine.py"
     environment = {"FIRST": os.pathsep.join(scripts.FOLDERS), "TORCHDYNAMO_DISABLE": "1"}
