@@ -17,6 +17,8 @@ CELLS = (
     "EP 2, sigmoid, groups, a bias",
     "EP 2, latent",
     "EP 2, auxiliary loss",
+    "EP 2, DeepEP",
+    "EP 2, DeepEP, gpt-oss",
     "FSDP, experts and gate units",
     "FSDP, experts and gate units, attached before",
     "FSDP, the layer a unit",
