@@ -11,8 +11,6 @@ import os
 import types
 from typing import Any
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Automodel compiles its activations, for minutes each on a CPU
-
 import torch
 
 MODULES = (
@@ -31,6 +29,9 @@ class CudaOfCpu(types.ModuleType):
     is_available = staticmethod(lambda: False)
     reset_peak_memory_stats = empty_cache = synchronize = staticmethod(lambda *args: None)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
 
 class TorchOfCpu(types.ModuleType):
     """torch, but that its devices are CPUs."""
@@ -45,6 +46,7 @@ class TorchOfCpu(types.ModuleType):
         return getattr(torch, name)
 
 
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Automodel compiles its activations, for minutes each on a CPU
 for module in map(importlib.import_module, MODULES):
     module.torch = TorchOfCpu("torch")  # type: ignore[attr-defined]
 

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 from installs import is_installed
 
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # Automodel compiles its activations, for minutes each on a CPU
+
+sys.path.append(str(Path(__file__).parents[2] / "examples" / "automodel"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -103,7 +103,7 @@ def build(case: str, experts: str = "torch", dtype: torch.dtype = torch.float32,
     with torch.no_grad():
         for parameter in moe.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        if moe.gate.e_score_correction_bias is not None:
+        if getattr(moe.gate, "e_score_correction_bias", None) is not None:
             moe.gate.e_score_correction_bias.copy_(0.3 * torch.randn(EXPERTS, generator=generator))
     truth = {name: value.detach().double().requires_grad_() for name, value in moe.named_parameters()}
     return Layer(moe, config, truth)

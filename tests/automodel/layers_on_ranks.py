@@ -14,10 +14,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ["TORCHDYNAMO_DISABLE"] = "1"
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import oracle
+import plain_dispatcher
 import torch
 import torch.distributed as dist
 from layers import Layer, batches, build, expected
@@ -45,6 +43,7 @@ class Cell:
         units: Which modules FSDP has as units of their own.
         after: Whether DenseMixer is attached after all that, as the key does it, or before.
         case, experts: See `layers.build`.
+        dispatcher: Of `deepep`, there is a stand-in.
     """
 
     lengths: tuple[int, ...]
@@ -53,6 +52,7 @@ class Cell:
     after: bool = True
     case: str = "softmax, renormalised"
     experts: str = "torch"
+    dispatcher: str = "torch"
     estimator: str = "densemixer"
     padding: bool = False
 
@@ -66,6 +66,8 @@ CELLS = {
     "EP 2, sigmoid, groups, a bias": Cell((12, 9), ep=2, case="sigmoid, groups, a bias", estimator="centered"),
     "EP 2, latent": Cell((12, 9), ep=2, case="latent"),
     "EP 2, auxiliary loss": Cell((12, 9), ep=2, case="auxiliary loss"),
+    "EP 2, DeepEP": Cell((12, 9), ep=2, experts="torch_mm", dispatcher="deepep", padding=True),
+    "EP 2, DeepEP, gpt-oss": Cell((12, 9), ep=2, experts="torch_mm", dispatcher="deepep", case="gpt-oss"),
     "FSDP, experts and gate units": Cell((12, 9), units=("experts", "gate")),
     "FSDP, experts and gate units, attached before": Cell((12, 9), units=("experts", "gate"), after=False),
     "FSDP, the layer a unit": Cell((12, 9), units=("",), experts="torch_mm", padding=True),
@@ -100,7 +102,9 @@ def whole(name: str, parameter: Tensor, cell: Cell) -> Tensor:
 
 def run(cell: Cell, mesh: DeviceMesh, attached: bool = True) -> dict[str, Any]:
     rank = dist.get_rank()
-    layer = build(cell.case, cell.experts)
+    layer = build(cell.case, cell.experts, dispatcher=cell.dispatcher)
+    if cell.dispatcher != "torch":
+        plain_dispatcher.use(layer.moe.experts)
     options = DenseMixerConfig(estimator=cell.estimator)
     if attached and not cell.after:
         apply_densemixer(layer.moe, options)
@@ -163,13 +167,13 @@ def budget(mesh: DeviceMesh) -> dict[str, float]:
     return {"off": (off / expected_spread).item(), "spread": (expected_spread / exact.norm()).item()}
 
 
-def start(rank: int, processes: int, store: str, report: Path) -> None:
+def start(rank: int, processes: int, store: str, report: Path, only: str) -> None:
     torch.set_num_threads(1)
     join(rank, processes, store, seconds=120)
     meshes: dict[int, DeviceMesh] = {}
     found: dict[str, Any] = {}
     for name, cell in CELLS.items():
-        if len(cell.lengths) != processes:
+        if len(cell.lengths) != processes or only not in name:
             continue
         if cell.ep not in meshes:
             shape = (processes // cell.ep, cell.ep)
@@ -178,7 +182,7 @@ def start(rank: int, processes: int, store: str, report: Path) -> None:
             found[name] = measure(cell, meshes[cell.ep])
         except ValueError as error:  # on all ranks alike
             found[name] = {"refused": str(error)}
-    if processes == 2 and "error" in found["EP 2"]:
+    if "EP 2" in found:
         found["budget"] = budget(meshes[2])
     if rank == 0:
         report.write_text(json.dumps(found))
@@ -186,11 +190,11 @@ def start(rank: int, processes: int, store: str, report: Path) -> None:
     os._exit(0)  # threads of gloo may outlive what they belong to
 
 
-def main(report: Path) -> None:
+def main(report: Path, only: str = "") -> None:
     found: dict[str, Any] = {}
     for processes in (2, 4):
         own = Path(f"{report}-{processes}")
-        arguments = (processes, tempfile.mktemp(), own)
+        arguments = (processes, tempfile.mktemp(), own, only)
         # Forked: importing Automodel takes longer than all that is done with it here.
         multiprocessing.start_processes(start, arguments, nprocs=processes, start_method="fork")
         found |= json.loads(own.read_text())
@@ -198,4 +202,4 @@ def main(report: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+import scripts
 
-SCRIPT = Path(__file__).parent / "layers_on_ranks.py"
 TOLERANCE = 1e-5
 CELLS = (
     "EP 2",
@@ -21,6 +17,8 @@ CELLS = (
     "EP 2, sigmoid, groups, a bias",
     "EP 2, latent",
     "EP 2, auxiliary loss",
+    "EP 2, DeepEP",
+    "EP 2, DeepEP, gpt-oss",
     "FSDP, experts and gate units",
     "FSDP, experts and gate units, attached before",
     "FSDP, the layer a unit",
@@ -32,9 +30,7 @@ CELLS = (
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("ranks") / "report.json"
-    done = subprocess.run([sys.executable, SCRIPT, path], capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-5000:]
-    return json.loads(path.read_text())
+    return scripts.run("layers_on_ranks.py", path, report=path)
 
 
 def test_every_cell_has_run(report: dict[str, Any]) -> None:
