@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from densemixer_adapters.transformers.experts import layout_of
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 
 TOP_K = ("top_k", "num_experts_per_tok", "top_k_experts")
@@ -46,5 +47,5 @@ def _operations(model: Any, layer: DenseMixerLayer) -> float:
         return 0.0
     if config.budget == 1:
         return experts * pair
-    hidden = up[0] if getattr(layer.experts, "is_transposed", False) else up[1]
+    hidden = up[0] if layout_of(layer.experts).transposed else up[1]
     return config.budget * (experts - (selected_experts(model, layer) or 0)) * pair + experts * 2.0 * hidden

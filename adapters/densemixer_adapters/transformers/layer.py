@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from densemixer_adapters.errors import UnsupportedModelError
-from densemixer_adapters.transformers import calls
+from densemixer_adapters.transformers import calls, veomni
 from densemixer_adapters.transformers.calls import Call
 from densemixer_adapters.transformers.checks import (
     EVERY,
@@ -406,9 +406,12 @@ class DenseMixerLayer:
                 "ZeRO-3; or switch DenseMixer off."
             )
         call.spread = spread_of(weights.down, self.sharing)
-        held = weights.down.shape[0]  # by all ranks together
+        held = weights.down.shape[0]  # by all ranks together, where transformers has spread them
         further = self._spec.further
+        if call.spread is None and held < scored and further is None:
+            call.spread = veomni.spread_of(experts, held, scored)
         if call.spread is not None:
+            held = call.spread.count
             if derivation is not None:
                 raise UnsupportedModelError(
                     f"{self.name}: its experts are spread over ranks, and their weights are computed from others (LoRA "
@@ -424,8 +427,8 @@ class DenseMixerLayer:
         if scored > held and further is None:
             raise UnsupportedModelError(
                 f"{self.name}: this process holds {held} of {scored} experts, and nothing says which. DenseMixer works "
-                "with the expert parallelism of transformers by distributed_config; use that, load the model without "
-                "expert parallelism, or switch DenseMixer off."
+                "with the expert parallelism of transformers by distributed_config, and with VeOmni's; use that, load "
+                "the model without expert parallelism, or switch DenseMixer off."
             )
         layout = dataclasses.replace(
             layout_of(experts),
