@@ -62,9 +62,7 @@ class GptOssGroups:
 
     @staticmethod
     def apply(x: Tensor, ends: Tensor, up: Tensor, up_bias: Tensor, down: Tensor, down_bias: Tensor, gate: Any) -> Any:
-        parts = [
-            gate(x[rows] @ up[i] + up_bias[i]) @ down[i] + down_bias[i] for i, rows in enumerate(groups(ends))
-        ]
+        parts = [gate(x[rows] @ up[i] + up_bias[i]) @ down[i] + down_bias[i] for i, rows in enumerate(groups(ends))]
         return torch.cat(parts)
 
 
@@ -75,26 +73,25 @@ def install() -> None:
     moe.expert_histogram = moe.moe_gather = moe.moe_scatter = None  # type: ignore[attr-defined]  # without ranks alone
     sys.modules |= {gemm.__name__: gemm, moe.__name__: moe}
 
+    import veomni.ops
     import veomni.ops.kernels.moe as fused
     from veomni.ops.kernel_registry import KERNEL_REGISTRY, HardwareRequirement, KernelSpec
 
     name, anywhere = FUSED.removeprefix("fused_"), HardwareRequirement("any")
     KERNEL_REGISTRY.register(KernelSpec(name, "moe_experts", "standard", fused._triton_kernel_factory, anywhere))
     KERNEL_REGISTRY.register(KernelSpec(name, "moe_experts", "gpt_oss", lambda: gpt_oss_experts, anywhere))
-    fused.apply_veomni_fused_moe_patch = choose_fused_kernel
+    fused.apply_veomni_fused_moe_patch = lambda fused_moe_kernel: None
+    veomni.ops.fused_moe_forward = fused.fused_moe_forward = fused_moe_forward
     gather_flat_on_gloo()
     divide_apart_on_gloo()
 
 
-def choose_fused_kernel(fused_moe_kernel: str) -> None:
-    """What models call that don't go through the registry, without VeOmni's demand of a half precision."""
-    import veomni.ops.kernels.moe as fused
+def fused_moe_forward(*args: Any, **kwargs: Any) -> Tensor:
+    """What some models call instead of the registry's kernel, without VeOmni's demand of a half precision."""
     from veomni.ops.kernels.moe.group_gemm import group_gemm_fused_moe_forward
 
-    def forward(*args: Any, **kwargs: Any) -> Tensor:
-        return group_gemm_fused_moe_forward(*args, **kwargs)
-
-    fused._fused_moe_forward = forward
+    result: Tensor = group_gemm_fused_moe_forward(*args, **kwargs)
+    return result
 
 
 def gather_flat_on_gloo() -> None:
@@ -128,5 +125,5 @@ def operations(experts: str = "eager") -> Any:
 
     names = [field.name for field in dataclasses.fields(OpsImplementationConfig)]
     eager = {name: "eager" for name in names if name.endswith("_implementation")}
-    chosen = {"attn_implementation": "sdpa", "qat_implementation": "none", "moe_implementation": experts}
+    chosen = {"attn_implementation": "eager", "qat_implementation": "none", "moe_implementation": experts}
     return OpsImplementationConfig(**{**eager, **chosen})

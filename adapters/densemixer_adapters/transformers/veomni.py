@@ -24,7 +24,8 @@ def spread_of(experts: nn.Module, held: int, scored: int) -> Spread | None:
         scored: How many experts the router scores.
     """
     found = sys.modules.get("veomni.distributed.parallel_state")
-    if found is None or not type(experts).__module__.startswith("veomni."):
+    # FSDP2 has put a class of its own in front.
+    if found is None or not any(kind.__module__.startswith("veomni.") for kind in type(experts).__mro__):
         return None
     state = found.get_parallel_state()  # the one of the forward that is under way
     if not state.ep_enabled or held * state.ep_size != scored:
