@@ -1,7 +1,9 @@
-"""VeOmni's expert parallelism and FSDP2, in two and in four processes.
+"""VeOmni's expert parallelism and FSDP2, in two and in four processes, whose ranks have different numbers of tokens.
 
-Usage: DENSEMIXER_ENABLED=1 layouts.py REPORT [PART OF A NAME], where cells switch that off but for one of it. Ranks have different numbers of tokens. The report is JSON: for each cell the
-largest error against the oracle, of all gradients, and of the routers' from conventional training, or what else it says.
+Usage: DENSEMIXER_ENABLED=1 layouts.py REPORT [PART OF A NAME], where cells switch that off but for one of it.
+
+The report is JSON: for each cell the largest error of a gradient against the oracle, and the smallest difference of a
+router's gradient from conventional training; or what else it says.
 """
 
 from __future__ import annotations

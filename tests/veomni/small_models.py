@@ -102,14 +102,18 @@ def saved(family: str) -> Path:
     return folder
 
 
-def build(family: str, folder: Path | None = None, experts: str = "eager") -> Any:
-    """VeOmni's model on this process, with the weights of a checkpoint."""
+def build(family: str) -> Any:
+    """VeOmni's model on this process."""
+    return load(str(saved(family)), saved(family))
+
+
+def load(config: Any, folder: Path) -> Any:
+    """VeOmni's model on this process, of a configuration, or the folder with one, with the weights of a checkpoint."""
     from veomni.models import load_model_weights
     from veomni.models.auto import build_foundation_model
 
-    folder = folder or saved(family)
-    chosen = stand_ins.operations(experts)
-    model = build_foundation_model(str(folder), str(folder), "float32", ops_implementation=chosen, init_device="cpu")
+    own = stand_ins.operations()
+    model = build_foundation_model(config, str(folder), "float32", ops_implementation=own, init_device="cpu")
     if any(parameter.is_meta for parameter in model.parameters()):  # not on the first rank
         load_model_weights(model, str(folder), "cpu")
     return model.train()

@@ -8,6 +8,7 @@ all-to-alls, and how it spreads and shards a model.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 import types
 from typing import Any
@@ -35,8 +36,7 @@ def group_gemm_same_mn(a: Tensor, b: Tensor, c: Tensor, cumsum_K: Tensor, **rest
 
 
 def groups(ends: Tensor) -> list[slice]:
-    starts = [0, *ends.tolist()]
-    return [slice(*pair) for pair in zip(starts, starts[1:], strict=False)]
+    return [slice(*pair) for pair in itertools.pairwise([0, *ends.tolist()])]
 
 
 def gpt_oss_experts(experts: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
