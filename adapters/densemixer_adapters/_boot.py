@@ -39,8 +39,9 @@ PATCHES = {
     "verl.workers.config.model": "densemixer_adapters.verl:patch_model_config",
     "verl.workers.engine.automodel.transformer_impl": "densemixer_adapters.automodel.verl_engine:patch_engine",
     "verl.workers.engine.base": "densemixer_adapters.verl:patch_engine_registry",
-    "verl.workers.engine.fsdp.transformer_impl": "densemixer_adapters.verl:patch_fsdp_engine",
+    "verl.workers.engine.fsdp.transformer_impl": "densemixer_adapters.verl_engines:patch_fsdp_engine",
     "verl.workers.engine.megatron.transformer_impl": "densemixer_adapters.verl:patch_megatron_engine",
+    "verl.workers.engine.veomni.transformer_impl": "densemixer_adapters.verl_engines:patch_veomni_engine",
     "verl.workers.engine_workers": "densemixer_adapters.verl:patch_training_worker",
 }
 """The exact name of a module, and the function that patches it."""

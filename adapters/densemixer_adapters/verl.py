@@ -2,8 +2,9 @@
 
 ``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping
 with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` says no to ``DENSEMIXER_ENABLED=1`` too.
-The engines ``fsdp``, ``fsdp2`` and ``automodel`` (`densemixer_adapters.automodel`) are served. The engine ``megatron``
-has the field of `densemixer_adapters.megatron` in ``…megatron.override_transformer_config``.
+The engines ``fsdp``, ``fsdp2`` and ``veomni`` are served by `densemixer_adapters.verl_engines`, ``automodel`` by
+`densemixer_adapters.automodel`. The engine ``megatron`` has the field of `densemixer_adapters.megatron` in
+``…megatron.override_transformer_config``.
 
 With the option ``metrics`` each update's metrics have the router metrics, by layer too, for one forward more of a
 micro-batch, without gradients. The engine ``megatron`` has those that need no further forward.
@@ -18,24 +19,19 @@ installed. Once is enough: whoever comes second finds the hook in place.
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from densemixer_adapters import _boot
-from densemixer_adapters.environment import left_alone
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.megatron import attached_handle as attached_megatron_handle
 from densemixer_adapters.megatron import wants_metrics
-from densemixer_adapters.metrics.router_metrics import RouterMetrics, UnmeasuredError, warn_unmeasured
 from densemixer_adapters.switch import read_switch, wrap
-from densemixer_adapters.transformers import attach, attached_handle
-from densemixer_adapters.transformers.announce import describe
 from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"
 SWITCH = f"override_config.{KEY}"
-ENGINES = ("automodel", "fsdp", "fsdp2")
+ENGINES = ("automodel", "fsdp", "fsdp2", "veomni")
 
 
 def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
@@ -105,7 +101,7 @@ def patch_engine_registry(module: Any) -> None:
     @wrap(module.EngineRegistry, "new")
     def new(original: Any, cls: type, model_type: str, backend: str, *args: Any, **kwargs: Any) -> Any:
         model, engine = kwargs.get("model_config"), kwargs.get("engine_config")
-        wanted = model is not None and engine is not None and not engine.forward_only and _options(model)
+        wanted = model is not None and engine is not None and not engine.forward_only and options_of(model)
         if wanted and backend not in ENGINES:
             if backend == "megatron":
                 raise ValueError(
@@ -123,61 +119,6 @@ def patch_engine_registry(module: Any) -> None:
                 f"Either set strategy=fsdp2 for this role, or drop {SWITCH}."
             )
         return original(cls, model_type, backend, *args, **kwargs)
-
-
-def patch_fsdp_engine(module: Any) -> None:
-    """Attach DenseMixer where the engine builds its model, before LoRA and FSDP wrap it; measure where it steps."""
-    engine = module.FSDPEngine
-
-    @wrap(engine, "_build_module")
-    def _build_module(original: Any, self: Any) -> Any:
-        with left_alone(_value(_override_config(self.model_config)) is not None):
-            model = original(self)
-        # A reference policy is built from the actor's configuration, but only ever runs forward.
-        options = None if self.engine_config.forward_only else _options(self.model_config)
-        if options is None:
-            return model
-        if self._qat_enabled:
-            raise ValueError(f"{SWITCH} doesn't work with quantisation-aware training (qat.enable). Switch one off.")
-        try:
-            attach(model, options)
-        except ValueError as error:
-            raise type(error)(f"{SWITCH} for {self.model_config.path}: {error}") from None
-        return model
-
-    @wrap(engine, "_build_fsdp_module")
-    def _build_fsdp_module(original: Any, self: Any, model: Any) -> Any:
-        handle = None if self.engine_config.forward_only else attached_handle(model)
-        if handle is None:
-            return original(self, model)
-        # No error, even if all are frozen: LoRA on attention alone is training as without DenseMixer.
-        handle.frozen_routers.fix = "Set +…model.target_parameters=[{router}.weight] for this role to train them."
-        ours = _options(self.model_config)
-        if ours and self.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
-            print(describe(model, handle.layers))
-        handle.warn_of_frozen_routers()
-        wrapped = original(self, model)
-        if ours and ours.metrics:
-            # On the first micro-batch of what FSDP has wrapped, routing is compared.
-            self._densemixer_metrics = RouterMetrics(handle.layers, wrapped)
-        return wrapped
-
-    @wrap(engine, "optimizer_step")
-    def optimizer_step(original: Any, self: Any) -> Any:
-        metrics: RouterMetrics | None = getattr(self, "_densemixer_metrics", None)
-        if metrics is None:
-            return original(self)
-        # The gradients are those before they are clipped, like verl's norm.
-        metrics.before_update(self.optimizer, 1.0 if self.scaler is None else self.scaler.get_scale())
-        norm = original(self)
-        metrics.after_update(skipped=not math.isfinite(norm))
-        try:
-            self._densemixer_measured = metrics.measure()
-        except UnmeasuredError as error:
-            metrics.remove()
-            self._densemixer_metrics, self._densemixer_measured = None, {}
-            warn_unmeasured(error)
-        return norm
 
 
 def patch_megatron_engine(module: Any) -> None:
@@ -207,8 +148,14 @@ def _looks_like_our_key(key: Any) -> bool:
     return bool(difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8))
 
 
-def _options(model_config: Any) -> DenseMixerConfig | None:
+def options_of(model_config: Any) -> DenseMixerConfig | None:
+    """The options in verl's configuration of a model; None where DenseMixer is off."""
     return read_options(_override_config(model_config))
+
+
+def says_anything(model_config: Any) -> bool:
+    """Whether our key is set there, be it to ``false``."""
+    return _value(_override_config(model_config)) is not None
 
 
 def _override_config(model_config: Any) -> Mapping[str, Any]:

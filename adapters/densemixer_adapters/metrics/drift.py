@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ TOKENS = 4096
 _FOR_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch", "fused_lm_head")
 """What a model is called with for the sake of a loss, the last by TRL's trainers. Without it none is computed."""
 
+Context = Callable[[], contextlib.AbstractContextManager[object]]
+
 
 class RoutingDrift:
     """Runs the model on its first training batch again, in evaluation mode, and compares the routing.
@@ -34,11 +36,15 @@ class RoutingDrift:
     Args:
         layers: The layers to compare.
         model: What is called with the batch, wrapped by FSDP if that is used. All ranks call it alike.
+        within: A context for that, in which the routers choose by themselves.
     """
 
-    def __init__(self, layers: Sequence[DenseMixerLayer], model: nn.Module) -> None:
+    def __init__(
+        self, layers: Sequence[DenseMixerLayer], model: nn.Module, within: Context = contextlib.nullcontext
+    ) -> None:
         self.layers = layers
         self.model = model
+        self._within = within
         self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._mask: Tensor | None = None  # of tokens that are no padding
         self._autocast: dict[str, Any] = {}
@@ -97,7 +103,7 @@ class RoutingDrift:
         args, kwargs = self._batch
         found: dict[DenseMixerLayer, _Routing] = {}
         recorded = recording(functools.partial(self._keep, found))
-        with _evaluating(self.model), torch.no_grad(), torch.autocast(**self._autocast), recorded:
+        with _evaluating(self.model), torch.no_grad(), torch.autocast(**self._autocast), recorded, self._within():
             self.model(*args, **kwargs)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # its root is not, after a forward

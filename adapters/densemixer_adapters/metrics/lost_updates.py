@@ -37,7 +37,7 @@ class LostUpdates:
 
     def before_step(self, optimizer: Any) -> None:
         """Keep the parameters that are about to be stepped at a learning rate other than zero, or one of their own."""
-        stepped = {id(p) for group in optimizer.param_groups if group.get("lr") != 0 for p in group["params"]}
+        stepped = {id(p) for group in _groups(optimizer) if group.get("lr") != 0 for p in group["params"]}
         self._before = [
             [
                 (p, _mine(p).clone(), _mine(p.grad) != 0)
@@ -73,6 +73,12 @@ class LostUpdates:
         layers = [lost / whole if whole else math.nan for lost, whole in rows]
         lost, whole = (sum(column) for column in zip(*rows, strict=True))
         return {LOST: Measured(layers, lost / whole if whole else math.nan)}
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """VeOmni puts several optimizers into one, those of the experts apart, that has no groups of its own."""
+    parts = getattr(optimizer, "optimizers_dict", None)
+    return [group for part in (parts.values() if parts else [optimizer]) for group in part.param_groups]
 
 
 def _mine(tensor: Tensor) -> Tensor:

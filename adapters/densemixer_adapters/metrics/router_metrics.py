@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from densemixer_adapters.metrics.drift import RoutingDrift
+from densemixer_adapters.metrics.drift import Context, RoutingDrift
 from densemixer_adapters.metrics.gradients import Measured, RouterMeter, named, sum_over_ranks
 from densemixer_adapters.metrics.lost_updates import LostUpdates
 from densemixer_adapters.metrics.names import NORM
@@ -36,12 +36,15 @@ class RouterMetrics:
     Args:
         layers: The layers that DenseMixer is attached to.
         model: What is called with the batch, wrapped by FSDP if that is used.
+        within: A context for comparing the routing, in which the routers choose by themselves.
     """
 
-    def __init__(self, layers: Sequence[DenseMixerLayer], model: nn.Module) -> None:
+    def __init__(
+        self, layers: Sequence[DenseMixerLayer], model: nn.Module, within: Context = contextlib.nullcontext
+    ) -> None:
         self.layers = layers
         self._meter = RouterMeter(layers, load=True)
-        self._drift = RoutingDrift(layers, model)
+        self._drift = RoutingDrift(layers, model, within)
         self._lost = LostUpdates(layers)
         self._scale: float | None = 1.0
         self._failure: Exception | None = None  # since `measure`, on this rank

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from densemixer_adapters.transformers.experts import layout_of
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core.sampling import share_of_pairs
 
@@ -56,7 +57,7 @@ def _operations(model: Any, layer: DenseMixerLayer) -> float:
     if config.budget == 1:
         return experts * expert_operations(layer)
     shape = layer.weight_shapes[0]
-    hidden = shape[1] if getattr(layer.experts, "is_transposed", False) else shape[2]
+    hidden = shape[1] if layout_of(layer.experts).transposed else shape[2]
     selected = selected_experts(model, layer) or 0
     pairs = share_of_pairs(TOKENS, experts, layer.scored_experts, selected, config.budget)
     return pairs / TOKENS * expert_operations(layer) + experts * 2.0 * hidden

@@ -14,10 +14,25 @@ from densemixer_core import Activation, ExpertLayout, recognise
 _CHECKPOINTED = "_checkpoint_wrapped_module"  # of torch's `CheckpointWrapper`
 
 
-STACKED_WITHOUT_DECORATOR = ("LigerExperts", "LongcatFlashExperts", "Step3p7Experts")
-"""Experts laid out as the defaults of transformers' `use_experts_implementation` say, without being decorated by it.
+_DEFAULTS = {"has_gate": True, "has_bias": False, "is_transposed": False, "has_post_expert_norm": False}
+"""What transformers' `use_experts_implementation` says of the experts that it decorates, if it isn't told otherwise."""
 
-Liger puts its own in the place of a model's if it is applied before the model is made.
+WITHOUT_DECORATOR: dict[str, dict[str, bool]] = {
+    "LongcatFlashExperts": {},
+    "Step3p7Experts": {},
+    "LigerExperts": {},  # which Liger puts in the place of a model's if it is applied before the model is made
+    # VeOmni takes the decorator off, so that its own kernels compute them.
+    "DeepseekV3NaiveMoe": {},
+    "DeepseekV4Experts": {},
+    "GptOssExperts": {"has_bias": True, "is_transposed": True},
+    "Qwen3MoeExperts": {},
+    "Qwen3OmniMoeThinkerTextExperts": {},
+    "Qwen3VLMoeTextExperts": {},
+    "Qwen3_5MoeExperts": {},
+}
+"""Classes of experts that aren't decorated by it, and what it would say of them where that isn't the default.
+
+What a layer returns is compared with what its weights give if they are laid out so, see `checks`.
 """
 
 
@@ -63,7 +78,7 @@ def is_stacked(module: nn.Module) -> bool:
     # Not by `getattr`: wrappers lend out the attributes of what they wrap.
     if hasattr(type(module), "has_gate") or "has_gate" in vars(module):
         return True
-    return any(kind.__name__ in STACKED_WITHOUT_DECORATOR for kind in type(module).__mro__)
+    return _declared(module) is not None
 
 
 def stacked_within(experts: nn.Module) -> tuple[list[nn.Module], nn.Module | None]:
@@ -77,25 +92,36 @@ def stacked_within(experts: nn.Module) -> tuple[list[nn.Module], nn.Module | Non
 
 def weight_names(experts: Any) -> tuple[str | None, ...]:
     """The attributes that hold the stacked weights, in the order of `ExpertWeights`."""
-    up = "gate_up_proj" if getattr(experts, "has_gate", True) else "up_proj"
-    biases = (f"{up}_bias", "down_proj_bias") if getattr(experts, "has_bias", False) else (None, None)
+    up = "gate_up_proj" if _says(experts, "has_gate") else "up_proj"
+    biases = (f"{up}_bias", "down_proj_bias") if _says(experts, "has_bias") else (None, None)
     return up, "down_proj", *biases
 
 
 def layout_of(experts: Any) -> ExpertLayout:
-    """How to compute with the weights. Experts without transformers' decorator are laid out as its defaults say."""
-    activation = getattr(experts, "_apply_gate", None) if getattr(experts, "has_gate", True) else experts.act_fn
+    """How to compute with the weights."""
+    activation = getattr(experts, "_apply_gate", None) if _says(experts, "has_gate") else experts.act_fn
     return ExpertLayout(
         activation=activation or _gate_by(getattr(experts, "act_fn", F.silu)),  # Liger's experts know no other
-        transposed=getattr(experts, "is_transposed", False),
-        post_norm=experts.post_expert_norm if getattr(experts, "has_post_expert_norm", False) else None,
+        transposed=_says(experts, "is_transposed"),
+        post_norm=experts.post_expert_norm if _says(experts, "has_post_expert_norm") else None,
     )
 
 
 def formula_of(experts: Any) -> Activation | None:
     """What the activation of the layout computes. Its parameters have two names in transformers."""
     alpha, limit = (getattr(experts, f"swiglu_{name}", getattr(experts, name, None)) for name in ("alpha", "limit"))
-    return recognise(layout_of(experts).activation, getattr(experts, "has_gate", True), alpha, limit)
+    return recognise(layout_of(experts).activation, _says(experts, "has_gate"), alpha, limit)
+
+
+def _says(experts: Any, trait: str) -> bool:
+    """What transformers' decorator says of these experts, or what is declared of them in its place."""
+    found = getattr(experts, trait, None)
+    return {**_DEFAULTS, **(_declared(experts) or {})}[trait] if found is None else bool(found)
+
+
+def _declared(experts: nn.Module) -> dict[str, bool] | None:
+    names = (kind.__name__ for kind in type(experts).__mro__)
+    return next((WITHOUT_DECORATOR[name] for name in names if name in WITHOUT_DECORATOR), None)
 
 
 def rows(tensor: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from densemixer_adapters.observer import Forward, Observer, PairsLeftOut
-from densemixer_adapters.transformers import calls
+from densemixer_adapters.transformers import calls, veomni
 from densemixer_adapters.transformers.calls import Call
 from densemixer_adapters.transformers.experts import ExpertsInput, formula_of, layout_of, rows, unwrap, weight_names
 from densemixer_adapters.transformers.host_layer import HostLayer
@@ -170,8 +170,13 @@ class DenseMixerLayer(HostLayer):
         scale = getattr(unwrap(call.router), spec.expert_scale) if spec.expert_scale else None
         weights, derivation = read_weights(experts, weight_names(experts), scale)
         call.spread = spread_of(weights.down, self.sharing)
+        # By all ranks together, where transformers has spread them.
+        scored, held = call.router_output.shape[-1], weights.down.shape[0]
+        if call.spread is None and held < scored and spec.further is None:
+            call.spread = veomni.spread_of(experts, held, scored)
+        if call.spread is not None:
+            held = call.spread.count
         refuse_weights(self.name, weights, derivation, spread=call.spread is not None, meta=x.is_meta)
-        scored, held = call.router_output.shape[-1], weights.down.shape[0]  # by all ranks together
         refuse_scores(self.name, scored, held, spec)
         layout = dataclasses.replace(
             layout_of(experts),

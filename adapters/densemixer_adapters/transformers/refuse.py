@@ -145,8 +145,8 @@ def refuse_scores(name: str, scored: int, held: int, spec: Router) -> None:
     if scored > held and spec.further is None:
         raise UnsupportedModelError(
             f"{name}: this process holds {held} of {scored} experts, and nothing says which. DenseMixer works "
-            "with the expert parallelism of transformers by distributed_config; use that, load the model without "
-            "expert parallelism, or switch DenseMixer off."
+            "with the expert parallelism of transformers by distributed_config, and with VeOmni's; use that, load "
+            "the model without expert parallelism, or switch DenseMixer off."
         )
 
 
