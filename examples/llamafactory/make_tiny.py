@@ -1,10 +1,10 @@
 """Make a tiny Qwen3-MoE checkpoint with random weights, a tokenizer and two data sets: all that the YAMLs need offline.
 
-    python make_tiny.py tiny
+    python make_tiny.py tiny      # or `tiny 128`: that many experts
     llamafactory-cli train full_sft.yaml $(cat tiny/sft)
 
 The files ``tiny/sft``, ``tiny/dpo`` and ``tiny/v1`` hold what to override in a YAML for it to run on a CPU in seconds.
-The examples of TRL and FSDP2 use ``tiny/model`` and ``tiny/data/chat.json``.
+The examples of TRL, FSDP2, Axolotl and ms-swift use ``tiny/model`` and what is in ``tiny/data``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def make_tokenizer(rows: list[dict[str, str]]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, experts: int) -> Qwen3MoeForCausalLM:
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -57,7 +57,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
-        num_experts=8,
+        num_experts=experts,
         num_experts_per_tok=2,
         norm_topk_prob=True,
         max_position_embeddings=512,
@@ -68,14 +68,14 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeForCausalLM:
     return Qwen3MoeForCausalLM(config)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, experts: int = 8) -> None:
     random.seed(0)
     torch.manual_seed(0)
     rows = make_rows(64)
     tokenizer = make_tokenizer(rows)
     model, data = folder / "model", folder / "data"
     tokenizer.save_pretrained(model)
-    make_model(tokenizer).save_pretrained(model)
+    make_model(tokenizer, experts).save_pretrained(model)
 
     data.mkdir(exist_ok=True)
     (data / "sft.json").write_text(json.dumps(rows))
@@ -102,4 +102,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    main(Path(sys.argv[1]).absolute(), *map(int, sys.argv[2:]))
