@@ -17,6 +17,7 @@ from typing import Any
 
 import transformers
 from axolotl.integrations.base import BasePlugin
+from axolotl.utils.logging import get_logger
 from packaging.version import Version
 from pydantic import BaseModel, field_validator
 from torch import nn
@@ -28,12 +29,14 @@ from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.environment import left_alone
 from densemixer_adapters.switch import read_switch, wrap
 from densemixer_adapters.transformers import UnsupportedModelError, attach
-from densemixer_adapters.transformers.announce import announce, describe, show_log
+from densemixer_adapters.transformers.announce import describe
 from densemixer_core import DenseMixerConfig
 
 SWITCH = "dense_mixer"
 PLUGIN = "densemixer_adapters.axolotl.DenseMixerPlugin"
 AXOLOTLS_PLUGIN = "axolotl.integrations.densemixer.DenseMixerPlugin"
+
+logger = get_logger("axolotl.densemixer")  # of others, Axolotl shows warnings alone
 
 
 class DenseMixerSwitch(BaseModel):  # type: ignore[misc]  # skipped
@@ -72,7 +75,6 @@ class DenseMixerPlugin(BasePlugin):  # type: ignore[misc]  # skipped
         """
         if is_on(cfg):
             refuse_expert_parallelism(cfg)
-            show_log(None)
 
     def pre_model_load(self, cfg: Any) -> None:
         """Called before a model is loaded: the environment's switch doesn't count, as this one is here."""
@@ -105,7 +107,7 @@ class DenseMixerPlugin(BasePlugin):  # type: ignore[misc]  # skipped
             raise ValueError(f"{SWITCH}: {error}") from None
         if is_deepspeed_zero3_enabled():
             mark_leaf_modules(handle)
-        announce(describe(trainer.model, handle.layers))
+        logger.info(f"{describe(trainer.model, handle.layers)}.")
         if fix := fix_of_frozen_routers(cfg):
             handle.frozen_routers.fix = fix
         handle.warn_of_frozen_routers()
