@@ -81,7 +81,7 @@ def train(command: list[str | Path], folder: Path, plugins: Path, **environment:
 
 
 def assert_only_the_routers_gradient_differs(run: Report, plain: Report) -> None:
-    """The forward is the host's, the gradients are the oracle's, and routers learn from experts that nobody selected."""
+    """The forward is the host's, gradients are the oracle's, and routers learn from experts that nobody selected."""
     assert (run.attached, plain.attached) == (2, 0)
     assert run.losses[0] == plain.losses[0]
     assert run.losses[1] != plain.losses[1]

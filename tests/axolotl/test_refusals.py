@@ -60,7 +60,7 @@ def test_without_the_key_it_is_on_as_axolotls_own_is(load: Callable[..., Any]) -
 
 
 def test_expert_parallelism(load: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="expert_parallel_size: 2: .*drop expert_parallel_size"):
+    with pytest.raises(ValueError, match=r"expert_parallel_size: 2: .*drop expert_parallel_size"):
         load(
             plugins=[PLUGIN, "axolotl.integrations.expert_parallel.ExpertParallelPlugin"],
             expert_parallel_size=2,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 
@@ -19,7 +18,7 @@ def plain(axolotl: Train) -> Report:
 
 
 def test_full_fine_tuning(axolotl: Train, plain: Report) -> None:
-    """The YAML of the original's plugin with one line changed, by the launcher that is Axolotl's default; and metrics."""
+    """The YAML of Axolotl's own plugin with one line changed, by its default launcher; and router metrics."""
     run = axolotl(dense_mixer={"metrics": True})
     assert_only_the_routers_gradient_differs(run, plain)
     assert len(re.findall(r"DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM", run.log)) == 1

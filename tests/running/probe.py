@@ -1,10 +1,11 @@
-"""What a framework's own program did in its training steps: the loss, all gradients against the oracle, the routers' rows.
+"""What a framework's own program did in its steps: losses, gradients against the oracle, and the routers' rows.
 
-A framework's plugin calls `watch` with its trainer; the report is JSON, in the file that PROBE names.
+A framework's plugin makes one with its trainer. The report is JSON, in the file that PROBE names.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ from densemixer_adapters.transformers import attached_layers
 
 
 class Probe(trainers.Recorder):
-    """Writes down the losses of all steps, the errors of the first step's gradients, and what became of routers' rows."""
+    """Writes down the losses, the errors of the first step's gradients, and what became of the routers' rows."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -30,11 +31,16 @@ class Probe(trainers.Recorder):
         self.start = [self.weight(block).detach().clone() for block in self.routers]
         self.seen: list[set[int]] = [set() for _ in self.routers]
         for block, seen in zip(self.routers, self.seen, strict=True):
-            block.experts.register_forward_pre_hook(lambda module, args, seen=seen: seen.update(args[1].flatten().tolist()))
+            block.experts.register_forward_pre_hook(functools.partial(self.note, seen))
+
+    @staticmethod
+    def note(seen: set[int], experts: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.update(args[1].flatten().tolist())
 
     @staticmethod
     def weight(block: nn.Module) -> Tensor:
-        return next(p for p in block.gate.parameters() if p.requires_grad)
+        """That is trained, if one is: PEFT keeps a copy of it beside the original."""
+        return max(block.gate.parameters(), key=lambda parameter: parameter.requires_grad)
 
     def step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         loss = super().step(model, inputs, *args, **kwargs)
@@ -48,10 +54,11 @@ class Probe(trainers.Recorder):
             never += len(rows)
             changes.append((self.weight(block).detach() - start)[rows].norm(dim=-1))
         change = torch.cat(changes)
+        errors = {name: setting.worst(oracle.worst_error, self.gradients, truth) for name, truth in self.truth.items()}
         report = {
             "attached": len(attached_layers(self.trainer.model)),
             "losses": self.losses,
-            "errors": {name: setting.worst(oracle.worst_error, self.gradients, self.truth[name]) for name in self.truth},
+            "errors": errors,
             "never": never,
             "least_change": change.min().item(),
             "largest_change": change.max().item(),

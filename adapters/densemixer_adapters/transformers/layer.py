@@ -489,9 +489,9 @@ class DenseMixerLayer:
             )
         if name := adapter_apart(call.experts, call.inner[0]):
             raise UnsupportedModelError(
-                f"{self.name}: PEFT's LoRA on `{name}` of its experts isn't in that weight while they run, since a kernel "
-                "computes it apart (ScatterMoE and SonicMoE of Axolotl do), so DenseMixer can't see it. Train the "
-                "experts in full or not at all, choose another kernel (in Axolotl, drop use_scattermoe and "
+                f"{self.name}: PEFT's LoRA on `{name}` of its experts isn't in that weight while they run, since a "
+                "kernel computes it apart (ScatterMoE and SonicMoE of Axolotl do), so DenseMixer can't see it. Train "
+                "the experts in full or not at all, choose another kernel (in Axolotl, drop use_scattermoe and "
                 "use_sonicmoe), or switch DenseMixer off."
             )
         if not comparable(call.block, call.experts):

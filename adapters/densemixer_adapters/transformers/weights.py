@@ -58,7 +58,7 @@ def read_weights(experts: nn.Module, names: Sequence[str | None]) -> tuple[Exper
 def adapter_apart(outer: nn.Module, experts: nn.Module) -> str | None:
     """The weight whose LoRA the running forward leaves to a kernel, so that it can't be read; None if there is none.
 
-    PEFT's wrappers put their adapter into the weight for the time of the forward. Some kernels have them leave that out.
+    PEFT's wrappers put their adapter into the weight for the time of the forward. Some kernels have them leave that.
 
     Args:
         outer: The module with stacked weights in its wrappers.
