@@ -54,3 +54,15 @@ def test_lora_with_the_routers(axolotl: Train) -> None:
     assert "frozen" not in run.log
     assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
     assert run.least_change > 1e-3
+
+
+def test_the_example(tmp_path: Path, tiny: Path) -> None:
+    """As its README says."""
+    text = (EXAMPLES / "axolotl" / "README.md").read_text()
+    first, command = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)[-1].splitlines()
+    assert first == "python ../llamafactory/make_tiny.py tiny 128"
+    (tmp_path / "tiny").symlink_to(tiny)
+    (tmp_path / "cpu.yaml").symlink_to(EXAMPLES / "axolotl" / "cpu.yaml")
+    log = call(command.split(), tmp_path, Path(__file__).parent, AXOLOTL_DO_NOT_TRACK="1")
+    assert log.count("DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM") == 1
+    assert log.count("densemixer/router_grad_share_unselected") == 2
