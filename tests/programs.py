@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import runpy
 import sys
 from pathlib import Path
 
@@ -21,8 +22,7 @@ OF_ONE_STEP = 1e-5
 
 def make_tiny(folder: Path) -> Path:
     """A checkpoint with 128 experts, most of which no token selects, and data; the folder."""
-    done = run([sys.executable, EXAMPLES / "llamafactory" / "make_tiny.py", folder, "128"])
-    assert done.returncode == 0, done.stderr
+    runpy.run_path(str(EXAMPLES / "llamafactory" / "make_tiny.py"))["main"](folder, 128)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
@@ -75,8 +75,11 @@ def call(command: list[str | Path], folder: Path, plugins: Path, **environment: 
 
 def train(command: list[str | Path], folder: Path, plugins: Path, **environment: str) -> Report:
     """Train in a folder of its own."""
-    report = folder / "report.json"
-    log = call(command, folder, plugins, PROBE=str(report), **environment)
+    log = call(command, folder, plugins, PROBE=str(folder / "report.json"), **environment)
+    return read(folder / "report.json", log)
+
+
+def read(report: Path, log: str) -> Report:
     return Report(log=log, **json.loads(report.read_text()))
 
 

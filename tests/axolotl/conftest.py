@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from installs import is_installed
-from programs import EXAMPLES, Report, make_tiny, train
-
-Train = Callable[..., Report]
-PLUGIN = "densemixer_adapters.axolotl.DenseMixerPlugin"
+from programs import EXAMPLES, make_tiny
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +30,3 @@ def configure(tiny: Path) -> Callable[..., Path]:
         return path
 
     return write
-
-
-@pytest.fixture(scope="session")
-def axolotl(configure: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """``axolotl train`` with the probe among its plugins."""
-
-    def run(*options: str, plugin: str | None = PLUGIN, env: dict[str, str] | None = None, **keys: Any) -> Report:
-        folder = tmp_path_factory.mktemp("run")
-        plugins = [*([plugin] if plugin else []), "probe_plugin.ProbePlugin"]
-        configure(folder, plugins=plugins, **keys)
-        variables = {"AXOLOTL_DO_NOT_TRACK": "1", **(env or {})}
-        return train(["axolotl", "train", "my.yaml", *options], folder, Path(__file__).parent, **variables)
-
-    return run
