@@ -46,10 +46,13 @@ def test_full_fine_tuning(tiny: Path, tmp_path: Path) -> None:
     text = (EXAMPLES / "ms_swift" / "sft.yaml").read_text()
     command = ["swift", "sft", "sft.yaml", *(tiny / "swift").read_text().split(), *PROBED]
     reports = {}
-    for name, yaml in {"with": text, "plain": text.replace("DENSEMIXER_ENABLED: 1", "DENSEMIXER_ENABLED: 0")}.items():
+    for name, written in {
+        "with": text,
+        "plain": text.replace("DENSEMIXER_ENABLED: 1", "DENSEMIXER_ENABLED: 0"),
+    }.items():
         folder = tmp_path / name
         folder.mkdir()
-        (folder / "sft.yaml").write_text(yaml)
+        (folder / "sft.yaml").write_text(written)
         reports[name] = train(command, folder, HERE, DENSEMIXER_BUDGET="1", DENSEMIXER_ESTIMATOR="densemixer")
     run, plain = reports["with"], reports["plain"]
     assert_only_the_routers_gradient_differs(run, plain)
