@@ -64,8 +64,9 @@ def adapter_apart(outer: nn.Module, experts: nn.Module) -> str | None:
         outer: The module with stacked weights in its wrappers.
         experts: The module with the stacked weights.
     """
-    for wrapper in outer.modules():
-        name: Any = getattr(wrapper, "parameter_name", None)
+    for module in outer.modules():
+        wrapper: Any = module
+        name = getattr(wrapper, "parameter_name", None)
         if name is None or not hasattr(wrapper, "lora_A") or wrapper.disable_adapters or wrapper.merged:
             continue
         active = any(adapter in wrapper.lora_A for adapter in wrapper.active_adapters)
