@@ -16,7 +16,7 @@ from densemixer_adapters.transformers.calls import Call
 from densemixer_adapters.transformers.experts import is_stacked, weight_names
 from densemixer_adapters.transformers.parallel import why_not
 from densemixer_adapters.transformers.routers import Router, line_to_register, router_of
-from densemixer_adapters.transformers.weights import why_unreadable
+from densemixer_adapters.transformers.weights import adapter_apart, why_unreadable
 from densemixer_core import Derivation, ExpertWeights
 
 
@@ -147,6 +147,17 @@ def refuse_scores(name: str, scored: int, held: int, spec: Router) -> None:
             f"{name}: this process holds {held} of {scored} experts, and nothing says which. DenseMixer works "
             "with the expert parallelism of transformers by distributed_config, and with VeOmni's; use that, load "
             "the model without expert parallelism, or switch DenseMixer off."
+        )
+
+
+def refuse_adapter_apart(name: str, call: Call) -> None:
+    """LoRA on experts that the running forward leaves to a kernel."""
+    if weight := adapter_apart(call.experts, call.inner[0]):
+        raise UnsupportedModelError(
+            f"{name}: PEFT's LoRA on `{weight}` of its experts isn't in that weight while they run, since a "
+            "kernel computes it apart (ScatterMoE and SonicMoE of Axolotl do), so DenseMixer can't see it. Train "
+            "the experts in full or not at all, choose another kernel (in Axolotl, drop use_scattermoe and "
+            "use_sonicmoe), or switch DenseMixer off."
         )
 
 
