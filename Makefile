@@ -1,10 +1,13 @@
 PYTHON ?= python3
 NOX := .venv/bin/nox --noxfile ci/noxfile.py
 
-.PHONY: test docs coverage demo experiment gradient-quality bench bench-budget clean
+.PHONY: test test-more docs coverage demo experiment gradient-quality bench bench-budget clean
 
 test: .venv/bin/nox  ## lint, types and all tests, each framework in its own pinned environment
 	$(NOX)
+
+test-more: .venv/bin/nox  ## what make test has no time for: the oldest versions in full, and more frameworks
+	$(NOX) --tags more
 
 docs: .venv/bin/nox  ## build the pages, strictly, into outputs/site
 	$(NOX) --session docs

@@ -1,6 +1,6 @@
 """One pinned environment for each framework, and what runs in it.
 
-`make test` runs all default sessions. One of them: `.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.23.0')"`;
+`make test` runs all default sessions, `make test-more` those with the tag `more`. One of them: `.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.23.0')"`;
 arguments after `--` go to pytest. `ci/pin.sh` writes the files in `environments/`.
 """
 
@@ -229,7 +229,7 @@ def megatron(session: nox.Session, pins: str) -> None:
     test_megatron(session, pins)
 
 
-@nox.session(default=False, requires=["original"])
+@nox.session(default=False, tags=["more"], requires=["original"])
 @nox.parametrize("framework", ["transformers", "megatron"])
 def oldest(session: nox.Session, framework: str) -> None:
     """All tests under the oldest version of a framework, of which the other sessions run some or none."""
@@ -240,7 +240,7 @@ def oldest(session: nox.Session, framework: str) -> None:
         run_tests(session, *TRANSFORMERS, env={"ORIGINAL_DENSEMIXER": str(ORIGINAL)})
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["more"])
 def torchtitan(session: nox.Session) -> None:
     """torchtitan: its layers, and its own Trainer on one, two and four processes, on the CPU."""
     install(session, "torchtitan")
@@ -248,7 +248,7 @@ def torchtitan(session: nox.Session) -> None:
     run_tests(session, "tests/torchtitan")
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["more"])
 def parallel_sweep(session: nox.Session) -> None:
     """Each architecture of transformers under its expert and its tensor parallelism, on two ranks."""
     install(session, "transformers-5.23.0")
@@ -256,7 +256,7 @@ def parallel_sweep(session: nox.Session) -> None:
     run_tests(session, "tests/running/test_parallel_sweep.py", env={"PARALLEL_SWEEP": "1"})
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["more"])
 @nox.parametrize("pins", ["0.7.0", "0.4.0"])
 def automodel(session: nox.Session, pins: str) -> None:
     """NeMo Automodel: its layers, its recipe and its key on one to four processes; 0.4.0 is for verl's engine."""
@@ -272,7 +272,7 @@ def automodel(session: nox.Session, pins: str) -> None:
     run_tests(session, *tests)
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["more"])
 def axolotl(session: nox.Session) -> None:
     """Axolotl: `axolotl train` with the plugin, on the CPU."""
     session.chdir(ROOT)
@@ -282,7 +282,7 @@ def axolotl(session: nox.Session) -> None:
     run_tests(session, "tests/axolotl")
 
 
-@nox.session(default=False)
+@nox.session(default=False, tags=["more"])
 def swift(session: nox.Session) -> None:
     """ms-swift: `swift sft` and `swift rlhf`, on the CPU."""
     session.chdir(ROOT)
