@@ -204,6 +204,16 @@ def megatron(session: nox.Session, pins: str) -> None:
     run_tests(session, "tests/megatron")
 
 
+@nox.session(default=False)
+def veomni(session: nox.Session) -> None:
+    """VeOmni: its models on one, two and four processes, and verl's engine of it, on the CPU."""
+    session.chdir(ROOT)
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "veomni.txt"))
+    install_editable(session)
+    run_tests(session, "tests/veomni")
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys
