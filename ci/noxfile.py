@@ -292,6 +292,16 @@ def swift(session: nox.Session) -> None:
     run_tests(session, "tests/swift")
 
 
+@nox.session(default=False, tags=["more"])
+def veomni(session: nox.Session) -> None:
+    """VeOmni: its models on one, two and four processes, and verl's engine of it, on the CPU."""
+    session.chdir(ROOT)
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "veomni.txt"))
+    install_editable(session)
+    run_tests(session, "tests/veomni")
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys

@@ -118,11 +118,15 @@ class Truth:
     """Runs each of an engine's micro-batches on models with the oracle, before the engine runs its own."""
 
     def __init__(self, engine: Any, estimators: set[str]) -> None:
-        self.engine, self.models = engine, {kind: self.build(kind) for kind in estimators}
+        self.engine = engine
+        self.models = {kind: self.build(kind) for kind in estimators}
         self.step, engine.forward_step = engine.forward_step, self.forward_step
 
     def build(self, estimator: str) -> Any:
-        model = small_models.load(self.engine._get_model_config_path(), Path(self.engine.model_config.local_path))
+        engine = self.engine
+        # Of the same kernels: which they are, VeOmni keeps once for all models of an architecture.
+        own = engine._get_model_config_path(), Path(engine.model_config.local_path)
+        model = small_models.load(*own, engine.engine_config.moe_implementation)
         return small_models.make_dense(model, FAMILIES["qwen3_moe"], estimator)
 
     def forward_step(self, micro_batch: Any, loss_function: Any, forward_only: bool) -> Any:

@@ -107,12 +107,12 @@ def build(family: str) -> Any:
     return load(str(saved(family)), saved(family))
 
 
-def load(config: Any, folder: Path) -> Any:
+def load(config: Any, folder: Path, experts: str = "eager") -> Any:
     """VeOmni's model on this process, of a configuration, or the folder with one, with the weights of a checkpoint."""
     from veomni.models import load_model_weights
     from veomni.models.auto import build_foundation_model
 
-    own = stand_ins.operations()
+    own = stand_ins.operations(experts)
     model = build_foundation_model(config, str(folder), "float32", ops_implementation=own, init_device="cpu")
     if any(parameter.is_meta for parameter in model.parameters()):  # not on the first rank
         load_model_weights(model, str(folder), "cpu")

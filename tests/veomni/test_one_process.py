@@ -7,7 +7,7 @@ import small_models
 import torch
 from small_models import FAMILIES, apart, build, gradients_of, ids_of, loss_of, truth_of_part, worst
 
-from densemixer_adapters.transformers import apply_densemixer
+from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 from densemixer_adapters.transformers.checks import OutputMismatchError
 from densemixer_adapters.transformers.experts import WITHOUT_DECORATOR
 from densemixer_core import DenseMixerConfig
@@ -46,6 +46,30 @@ def test_a_wrong_declaration_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     apply_densemixer(model)
     with pytest.raises(OutputMismatchError, match="their output isn't the sum of w_j"):
         loss_of(model, ids_of(0))
+
+
+@pytest.mark.parametrize("first", ["adapters", "DenseMixer"])
+def test_adapters_in_the_place_of_experts_are_refused(first: str) -> None:
+    """VeOmni's LoRA on experts moves their weights into modules of its own."""
+    from veomni.lora.moe_layers import LoraIndependentExperts
+
+    model = build("qwen3_moe")
+    block = model.model.layers[0].mlp
+
+    def adapt() -> None:
+        block.experts = LoraIndependentExperts(block.experts, r=2, lora_alpha=4)
+
+    if first == "adapters":
+        adapt()
+        with pytest.raises(
+            UnsupportedModelError, match=r"experts \(LoraIndependentExperts\) don't hold stacked weights"
+        ):
+            apply_densemixer(model)
+    else:
+        apply_densemixer(model)
+        adapt()
+        with pytest.raises(UnsupportedModelError, match="LoraIndependentExperts, which holds no stacked weights"):
+            loss_of(model, ids_of(0))
 
 
 class Shifted:

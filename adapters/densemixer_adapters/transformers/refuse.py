@@ -55,8 +55,8 @@ def refuse_experts(where: str, experts: nn.Module, whole: Any | None) -> None:
     if not is_stacked(experts) or not isinstance(getattr(experts, "down_proj", None), Tensor):
         raise UnsupportedModelError(
             f"{where}: its experts ({type(experts).__name__}) don't hold stacked weights as the models of "
-            "transformers 5 do. Load the model with transformers >= 5.5.4 and without quantisation, or switch "
-            "DenseMixer off."
+            "transformers 5 do. Load the model with transformers >= 5.5.4, without quantisation, and without "
+            "adapters that replace its experts; or switch DenseMixer off."
         )
     if reason := why_unreadable(experts, weight_names(experts)):
         raise UnsupportedModelError(
