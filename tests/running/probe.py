@@ -61,7 +61,7 @@ class Probe(trainers.Recorder):
             "losses": self.losses,
             "errors": errors,
             "never": never,
-            "least_change": change.min().item(),
+            "typical_change": change.median().item(),
             "largest_change": change.max().item(),
         }
         Path(os.environ["PROBE"]).write_text(json.dumps(report))
