@@ -19,6 +19,9 @@ TESTS = REPOSITORY / "tests"
 OF_ONE_STEP = 1e-5
 """What a gradient in float32 may be off."""
 
+RATE = 0.05
+"""Of plain SGD: rounding moves a row by less than a billionth, and a gradient by more than a thousandth."""
+
 
 def make_tiny(folder: Path) -> Path:
     """A checkpoint with 128 experts, most of which no token selects, and data; the folder."""
@@ -44,7 +47,7 @@ class Report:
         losses: Of each step, with all digits.
         errors: Of the first step's gradients, the worst against the oracle's, for each estimator.
         never: How many experts no token selected in any step, over all layers.
-        least_change, largest_change: Of their rows in the routers' weights, the norm.
+        typical_change, largest_change: Of their rows in the routers' weights, the norm: the median, and the maximum.
     """
 
     log: str
@@ -52,7 +55,7 @@ class Report:
     losses: list[float]
     errors: dict[str, float]
     never: int
-    least_change: float
+    typical_change: float
     largest_change: float
 
 
@@ -92,4 +95,4 @@ def assert_only_the_routers_gradient_differs(run: Report, plain: Report) -> None
     assert plain.errors["conventional"] <= OF_ONE_STEP < plain.errors["densemixer"]
     assert min(run.never, plain.never) > 20
     assert plain.largest_change <= 1e-9
-    assert run.least_change > 1e-3
+    assert run.typical_change > 1e-3

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 from installs import is_installed
-from programs import EXAMPLES, make_tiny
+from programs import EXAMPLES, RATE, make_tiny
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def configure(tiny: Path) -> Callable[..., Path]:
     base = yaml.safe_load((EXAMPLES / "axolotl" / "cpu.yaml").read_text())
 
     def write(folder: Path, **keys: Any) -> Path:
-        found = {**base, "learning_rate": 0.5, **keys}
+        found = {**base, "learning_rate": RATE, **keys}
         (folder / "tiny").symlink_to(tiny)
         path = folder / "my.yaml"
         path.write_text(yaml.safe_dump({key: value for key, value in found.items() if value is not None}))
