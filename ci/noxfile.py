@@ -1,7 +1,8 @@
 """One pinned environment for each framework, and what runs in it.
 
-`make test` runs all default sessions, `make test-more` those with the tag `more`. One of them: `.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.23.0')"`;
-arguments after `--` go to pytest. `ci/pin.sh` writes the files in `environments/`.
+`make test` runs all default sessions, `make test-more` those with the tag `more`. One of them:
+`.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.23.0')"`; arguments after `--` go to pytest. `ci/pin.sh`
+writes the files in `environments/`.
 """
 
 from __future__ import annotations

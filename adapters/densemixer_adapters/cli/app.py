@@ -17,6 +17,7 @@ from densemixer_adapters.cli.columns import columns
 from densemixer_adapters.cli.doctor import DISTRIBUTION, Check, examine
 from densemixer_adapters.cli.launch import run, setup
 from densemixer_adapters.cli.printable import one_line, printable, say
+from densemixer_adapters.cli.worth import ESTIMATORS, WHAT_COSINES_ARE, cosines
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
@@ -27,6 +28,7 @@ COST_HEADS = (
     "the same,\ncheckpointed",
     "kept until\nthe backward",
     "the same,\ncheckpointed",
+    *(f"{estimator}:\ncosine" for estimator in ESTIMATORS),
 )
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
@@ -107,16 +109,16 @@ def cost(
     sequence: Annotated[int, typer.Option("--seq-len", min=1, max=1 << 40, help="Tokens of a sequence.")] = 4096,
     budgets: Annotated[
         list[float], typer.Option("--budget", help="The option `budget` of DenseMixer; may be given several times.")
-    ] = [1.0, 0.25, 0.125, 0.0625],  # noqa: B006  # typer's way; it isn't changed
+    ] = [1.0, 0.125, 0.0625, 0.03125],  # noqa: B006  # typer's way; it isn't changed
     ep: Annotated[int, typer.Option("--ep", min=1, help="Ranks that the experts are spread over.")] = 1,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Ranks that have the same tokens (tensor parallelism).")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Estimate what DenseMixer costs for a model: operations, bytes kept, and a step's time over a conventional one's.
 
-    With --ep or --tp also the bytes that a rank sends. Reads the configuration alone. The formulas are in
-    densemixer_adapters/cli/inspection.py and collectives.py. The exit status is 1 if the model isn't supported, 2
-    if it can't be read.
+    And what one step's extra gradient was worth in layers that were measured. With --ep or --tp also the bytes that a
+    rank sends. Reads the configuration alone. The formulas are in densemixer_adapters/cli/inspection.py and
+    collectives.py. The exit status is 1 if the model isn't supported, 2 if it can't be read.
     """
     from densemixer_adapters.errors import UnsupportedModelError
     from densemixer_core import DenseMixerConfig
@@ -157,10 +159,12 @@ def cost(
             f"{1e-9 * one.extra:.4g}",
             *(f"{one.ratio(checkpointed):.2f}x" for checkpointed in (False, True)),
             *(f"{kept} B" for kept in (one.saved, one.saved_checkpointed)),
+            *cosines(budget),
         )
         for budget, one in zip(budgets, found, strict=True)
     ]
     typer.echo(columns(rows, COST_HEADS))
+    typer.echo(f"\n{WHAT_COSINES_ARE}")
     if ep > 1 or tp > 1:
         sent = ", ".join(
             f"{1e-3 * one.sent:.4g} (budget {budget:.4g})" for budget, one in zip(budgets, found, strict=True)
