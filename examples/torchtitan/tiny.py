@@ -1,13 +1,7 @@
-"""A tiny Mixture-of-Experts model of torchtitan, a tokenizer and some text: to try the real program anywhere.
-
-`python tiny.py` writes tokenizer and text into the folder `tiny`. `--module tiny --config moe` is the configuration.
-"""
+"""A tiny Mixture-of-Experts model of torchtitan, to try the real program anywhere: `--module tiny --config moe`."""
 
 from __future__ import annotations
 
-import json
-import string
-from pathlib import Path
 from typing import Any
 
 import torchtitan.models.qwen3 as qwen3
@@ -20,7 +14,9 @@ from torchtitan.hf_datasets.text_datasets import HuggingFaceTextDataLoader
 from torchtitan.models.common import CosSinRoPE, Embedding, Linear
 from torchtitan.trainer import Trainer
 
-FOLDER = Path("tiny")
+FOLDER = "tiny"
+"""Where `make_tiny.py` puts a tokenizer and text."""
+
 VOCABULARY, HIDDEN, EXPERTS, SELECTED = 128, 32, 8, 2
 
 
@@ -57,9 +53,9 @@ def moe() -> Trainer.Config:
     """The configuration, for torchtitan's command line."""
     return Trainer.Config(
         model_spec=model_spec(),
-        hf_assets_path=str(FOLDER),
+        hf_assets_path=FOLDER,
         loss=CrossEntropyLoss.Config(),
-        dataloader=HuggingFaceTextDataLoader.Config(dataset="c4_test", dataset_path=str(FOLDER / "text")),
+        dataloader=HuggingFaceTextDataLoader.Config(dataset="c4_test", dataset_path=f"{FOLDER}/text"),
         optimizer=default_adamw(lr=1e-3),
         metrics=MetricsProcessor.Config(log_freq=1),
         # The default, spmd_types, wants a newer FSDP2 than that of torch 2.13 where there are several ranks.
@@ -67,22 +63,3 @@ def moe() -> Trainer.Config:
         training=TrainingConfig(local_batch_size=2, seq_len=64, steps=3, disable_cuda_graphs=True),
         checkpoint=CheckpointManager.Config(enable=False),
     )
-
-
-def main() -> None:
-    """Write a tokenizer that takes each letter for a token, and text."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-
-    tokens = ["<unknown>", "<end>", *string.printable]
-    tokenizer = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")
-    text = FOLDER / "text"
-    text.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(FOLDER / "tokenizer.json"))
-    (FOLDER / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<end>"}))
-    lines = [json.dumps({"text": f"{n} times {m} is {n * m}. " * 8}) for n in range(12) for m in range(12)]
-    (text / "train.json").write_text("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()

@@ -39,8 +39,8 @@ tools.device_type, tools.device_module = "cpu", Device()
 
 import torchtitan.distributed.fsdp as fsdp  # noqa: E402
 from torch.distributed.fsdp import FSDPModule  # noqa: E402
-from torch.nn.attention.flex_attention import create_mask  # noqa: E402
-from torchtitan.models.common.attention import FlexAttention  # noqa: E402
+from torch.nn.attention.flex_attention import create_block_mask, create_mask  # noqa: E402
+from torchtitan.models.common import attention  # noqa: E402
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float, enable_gqa: bool, **_: Any) -> Any:
@@ -50,7 +50,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, block_mask: Any, scale: float, e
     return out, types.SimpleNamespace(lse=q.new_zeros(q.shape[:3]), max_scores=None)
 
 
-FlexAttention._compiled_flex_attn = staticmethod(_attend)
+attention.FlexAttention._compiled_flex_attn = staticmethod(_attend)
+attention._compiled_create_block_mask = create_block_mask  # compiling it takes a CPU longer than training the model
 
 _disable_division = fsdp.disable_fsdp_gradient_division
 
@@ -64,6 +65,10 @@ def _sum_on_gloo(model: torch.nn.Module) -> None:
 
 
 fsdp.disable_fsdp_gradient_division = _sum_on_gloo
+
+
+if not hasattr(torch.distributed, "set_timeout"):  # torch 2.13, GPU or not: torchtitan 0.3 asks for it after a step
+    torch.distributed.set_timeout = torch.distributed.distributed_c10d._set_pg_timeout  # type: ignore[attr-defined]
 
 
 def float32_experts() -> None:

@@ -134,7 +134,7 @@ def test_the_example(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
 
-    run(str(EXAMPLE / "tiny.py"))
+    run(str(EXAMPLE / "make_tiny.py"))
     options = ["--module", "tiny", "--config", "moe", "--parallelism.expert_parallel_degree", "2"]
     options += ["--override.imports", SWITCH + '={"estimator": "centered", "budget": 0.25}']
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
