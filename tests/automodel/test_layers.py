@@ -124,6 +124,14 @@ def test_a_frozen_gate_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     assert torch.equal(layer.moe.experts.down_projs.grad, plain.moe.experts.down_projs.grad)
 
 
+def test_metrics_that_nobody_reads_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    layers = [build("softmax") for _ in range(2)]
+    apply_densemixer(torch.nn.ModuleList([layer.moe for layer in layers]), DenseMixerConfig(metrics=True))
+    for layer in layers:
+        run(layer)
+    assert caplog.text.count("the option metrics does nothing in this training loop") == 1
+
+
 def test_taken_off_again() -> None:
     layer = build("softmax")
     hooks = [len(module._forward_hooks) for module in layer.moe.modules()]

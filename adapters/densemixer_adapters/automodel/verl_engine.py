@@ -16,7 +16,7 @@ from densemixer_adapters.metrics.router_metrics import RouterMetrics, Unmeasured
 from densemixer_adapters.switch import wrap
 from densemixer_adapters.transformers import DenseMixerHandle
 from densemixer_adapters.transformers.announce import describe
-from densemixer_adapters.verl import KEY, SWITCH, read_options
+from densemixer_adapters.verl import SWITCH, _value, read_options
 
 
 def patch_engine(module: Any) -> None:
@@ -28,7 +28,7 @@ def patch_engine(module: Any) -> None:
         override = getattr(self.model_config, "override_config", None) or {}
         # A reference policy is built from the actor's configuration, but only ever runs forward.
         options = None if self.engine_config.forward_only else read_options(override)
-        with left_alone(KEY in override):
+        with left_alone(_value(override) is not None):
             original(self)
         if options is None:
             return
