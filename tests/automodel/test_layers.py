@@ -76,6 +76,14 @@ def test_half_precision(case: str) -> None:
     assert found["gate.weight"] < 0.05, found
 
 
+@pytest.mark.skipif("weights in float32" not in CASES, reason="Automodel 0.4 has none")
+def test_scores_that_are_coarser_than_weights() -> None:
+    layer = build("weights in float32", dtype=torch.bfloat16, gate_precision=torch.bfloat16)
+    apply_densemixer(layer.moe)
+    found = errors(layer, run(layer), "densemixer")
+    assert found["gate.weight"] < 0.05, found
+
+
 def test_a_budget_is_exact_in_the_mean() -> None:
     layer = build("sigmoid, renormalised, scaled")
     (attached,) = apply_densemixer(layer.moe, DenseMixerConfig(budget=0.5)).layers
