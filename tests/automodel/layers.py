@@ -35,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     "relu2": {"expert_activation": "relu2", "score_func": "sigmoid", "norm_topk_prob": True},
     "latent": {"moe_latent_size": 8},
     "weights after the down projection": {"apply_router_weight_after_down": True},
+    "weights in float32": {"router_weights_fp32": True, "norm_topk_prob": True},
     "auxiliary loss": {"norm_topk_prob": True, "aux_loss_coeff": 0.5},
     "shared experts": {"n_shared_experts": 1},
 }
@@ -47,6 +48,7 @@ NEWER = (
     "swiglu with a limit",
     "geglu",
     "weights after the down projection",
+    "weights in float32",
     "shared experts",  # on a stream of CUDA before
 )
 """What Automodel 0.4 doesn't have."""

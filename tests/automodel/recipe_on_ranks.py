@@ -24,6 +24,7 @@ from nemo_automodel.recipes.llm.train_ft import TrainFinetuneRecipeForNextTokenP
 from ranks import join, of_all_ranks
 from safetensors import safe_open
 from torch import Tensor, multiprocessing, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 
 REMOVED = object()
 OWN: dict[str, Any] = {}
@@ -134,7 +135,7 @@ def train(folder: Path, changes: dict[str, Any], densemixer: Any, out: Path) -> 
 
     optimizer.step, recipe._forward_backward_step, recipe.log_train_metrics = step, batch, log
     recipe.run_train_validation_loop()
-    found["checkpointed"] = any(type(module).__name__ == "CheckpointWrapper" for module in model.modules())
+    found["checkpointed"] = any(isinstance(module, CheckpointWrapper) for module in model.modules())
     return found
 
 

@@ -76,6 +76,14 @@ def test_half_precision(case: str) -> None:
     assert found["gate.weight"] < 0.05, found
 
 
+@pytest.mark.skipif("weights in float32" not in CASES, reason="Automodel 0.4 has none")
+def test_scores_that_are_coarser_than_weights() -> None:
+    layer = build("weights in float32", dtype=torch.bfloat16, gate_precision=torch.bfloat16)
+    apply_densemixer(layer.moe)
+    found = errors(layer, run(layer), "densemixer")
+    assert found["gate.weight"] < 0.05, found
+
+
 def test_a_budget_is_exact_in_the_mean() -> None:
     layer = build("sigmoid, renormalised, scaled")
     (attached,) = apply_densemixer(layer.moe, DenseMixerConfig(budget=0.5)).layers
@@ -122,6 +130,14 @@ def test_a_frozen_gate_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     layer = Layer(blocks[0], plain.config, plain.truth)
     run(layer)
     assert torch.equal(layer.moe.experts.down_projs.grad, plain.moe.experts.down_projs.grad)
+
+
+def test_metrics_that_nobody_reads_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    layers = [build("softmax") for _ in range(2)]
+    apply_densemixer(torch.nn.ModuleList([layer.moe for layer in layers]), DenseMixerConfig(metrics=True))
+    for layer in layers:
+        run(layer)
+    assert caplog.text.count("the option metrics does nothing in this training loop") == 1
 
 
 def test_taken_off_again() -> None:
