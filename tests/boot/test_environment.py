@@ -114,7 +114,7 @@ print(json.dumps(found))
 """
 SPOKEN = [
     "DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM (qwen3_moe): estimator centered, layers 0:, "
-    "4.915e-05 GFLOP more a token in the backward",
+    "0.0002949 GFLOP more a token in the backward",
     "DENSEMIXER_ENABLED=1: Qwen3ForCausalLM has no Mixture-of-Experts layers, so nothing is attached",
 ]
 HOWS = (
@@ -198,7 +198,7 @@ def test_any_way_of_loading(full: Environment, checkpoints: Path) -> None:
     for how, share, line in zip(HOWS, results, lines, strict=True):
         assert share > 1e-3, how
         assert line.startswith("densemixer|INFO|DenseMixer is attached to 2 layers of "), how
-        assert "(qwen3_moe): estimator densemixer, 4.915e-05 GFLOP more a token in the backward" in line
+        assert "(qwen3_moe): estimator densemixer, 0.0002949 GFLOP more a token in the backward" in line
 
 
 @pytest.mark.parametrize("variables", [{}, {"DENSEMIXER_ENABLED": "0"}])
