@@ -12,7 +12,7 @@ import oracle
 import torch
 from titan_layer import CASES, EXPERTS, batch, build, train, truth
 
-from densemixer_adapters.torchtitan import attached, enable
+from densemixer_adapters.torchtitan import apply_densemixer, attached_handle
 from densemixer_adapters.torchtitan import experts as weights_of
 from densemixer_core import DenseMixerConfig
 
@@ -29,7 +29,7 @@ def exact_experts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_gradients(name: str, estimator: str) -> None:
     moe, (x, g) = build(CASES[name]), batch()
     plain = train(moe, x, g)
-    with enable(moe, DenseMixerConfig(estimator)) as handle:
+    with apply_densemixer(moe, DenseMixerConfig(estimator)) as handle:
         assert len(handle.layers) == 1
         found = train(moe, x, g)
     assert torch.equal(found.output, plain.output)
@@ -49,7 +49,7 @@ def test_a_budget_is_unbiased(name: str, estimator: str) -> None:
     expected = truth(moe, x, g, train(moe, x, g).index, estimator)["router.gate.weight"]
     draws = []
     for seed in range(100):
-        with enable(moe, DenseMixerConfig(estimator, budget=0.25, seed=seed)):
+        with apply_densemixer(moe, DenseMixerConfig(estimator, budget=0.25, seed=seed)):
             draws.append(train(moe, x, g).gradients["router.gate.weight"])
     errors = torch.stack(draws) - expected
     spread = errors.square().sum((1, 2)).mean().sqrt()
@@ -66,14 +66,14 @@ def test_remove_gives_back_everything() -> None:
         return dict(vars(dispatcher)), hooks, list(moe.state_dict())
 
     before, plain = state(), train(moe, x, g)
-    handle = enable(moe)
-    assert [layer.block for layer in attached(moe).layers] == [moe]
+    handle = apply_densemixer(moe)
+    assert [layer.block for layer in attached_handle(moe).layers] == [moe]
     train(moe, x, g)
     assert state()[2] == before[2]
     handle.remove()
     handle.remove()
     assert state() == before
-    assert attached(moe).layers == []
+    assert attached_handle(moe).layers == []
     after = train(moe, x, g)
     for name, gradient in plain.gradients.items():
         assert torch.equal(after.gradients[name], gradient), name
@@ -90,7 +90,7 @@ def test_what_others_have_overridden_stays() -> None:
         return host(*args)
 
     dispatcher.combine = combine
-    with enable(moe):
+    with apply_densemixer(moe):
         train(moe, x, g)
     assert len(calls) == 1
     assert dispatcher.combine is combine
@@ -98,25 +98,25 @@ def test_what_others_have_overridden_stays() -> None:
 
 def test_a_copy_trains_with_its_own_weights() -> None:
     moe, (x, g) = build(CASES[NAME]), batch()
-    enable(moe)
+    apply_densemixer(moe)
     other = copy.deepcopy(moe)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.5)
-    (layer,) = attached(other).layers
+    (layer,) = attached_handle(other).layers
     assert layer.block is other
     found = train(other, x, g)
     expected = truth(other, x, g, found.index, "densemixer")
     assert oracle.worst_error(found.gradients["router.gate.weight"], expected["router.gate.weight"]) < 1e-12
-    attached(other).remove()
-    assert len(attached(moe).layers) == 1
+    attached_handle(other).remove()
+    assert len(attached_handle(moe).layers) == 1
 
 
 def test_a_frozen_router_trains_as_without(caplog: pytest.LogCaptureFixture) -> None:
     moe, (x, g) = build(CASES[NAME]), batch()
     moe.router.requires_grad_(False)
     plain = train(moe, x, g)
-    with enable(moe):
+    with apply_densemixer(moe):
         found = train(moe, x, g)
     assert "routers are frozen" in caplog.text
     for name, gradient in plain.gradients.items():
@@ -125,7 +125,7 @@ def test_a_frozen_router_trains_as_without(caplog: pytest.LogCaptureFixture) -> 
 
 def test_nothing_is_added_without_gradients() -> None:
     moe, (x, _) = build(CASES[NAME]), batch()
-    with enable(moe) as handle, torch.no_grad():
+    with apply_densemixer(moe) as handle, torch.no_grad():
         moe.float()(x.detach().float())
     (layer,) = handle.layers
     assert layer._scores is None
@@ -134,7 +134,7 @@ def test_nothing_is_added_without_gradients() -> None:
 
 def test_an_error_in_the_experts_leaves_nothing_behind() -> None:
     moe, (x, g) = build(CASES[NAME]), batch()
-    with enable(moe) as handle:
+    with apply_densemixer(moe) as handle:
         moe.routed_experts.inner_experts.register_forward_pre_hook(lambda module, args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             train(moe, x, g)
@@ -155,7 +155,7 @@ def test_bfloat16_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
         return moe.router.gate.weight.grad.clone(), seen[0].flatten(0, -2)
 
     plain, index = gradients()
-    with enable(moe):
+    with apply_densemixer(moe):
         found, _ = gradients()
     expected = truth(moe, x, g, index, "densemixer")["router.gate.weight"]
     assert oracle.relative_error(found, expected) < 2e-2

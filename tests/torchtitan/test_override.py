@@ -19,7 +19,7 @@ from conftest import EXAMPLE
 from titan_model import SWITCH, initial_weights, load, step, trainer
 from torchtitan.config import CompileConfig, DebugConfig
 
-from densemixer_adapters.torchtitan import UnsupportedModelError, attached, densemixer
+from densemixer_adapters.torchtitan import UnsupportedModelError, attached_handle, densemixer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +38,9 @@ def test_what_it_does_and_what_it_leaves(tmp_path: Path) -> None:
         load(run.model_parts[0], weights)
         loss, gradients = step(run)
         names = list(run.model_parts[0].state_dict()), list(run.optimizers.state_dict())
-        found.append((loss, gradients, names, [layer.config.estimator for layer in attached(run.model_parts).layers]))
+        found.append(
+            (loss, gradients, names, [layer.config.estimator for layer in attached_handle(run.model_parts).layers])
+        )
         run.close()
     off, centered, default = found
     assert [estimators for *_, estimators in found] == [[], ["centered"] * 2, ["densemixer"] * 2]
@@ -81,7 +83,7 @@ def test_wrong_options(options: dict[str, Any], message: str, tmp_path: Path) ->
 
 def test_some_layers(tmp_path: Path) -> None:
     run = trainer(str(tmp_path), [(SWITCH, {"layers": "-1:"})], backend="spmd_types", checkpointing="full")
-    assert [layer.name for layer in attached(run.model_parts).layers] == ["layers.1.moe"]
+    assert [layer.name for layer in attached_handle(run.model_parts).layers] == ["layers.1.moe"]
     run.close()
 
 
@@ -104,13 +106,13 @@ def test_some_layers_of_a_pipeline(tmp_path: Path) -> None:
     """Positions count over the whole model, of which a stage has a part."""
     from tiny import model_spec
 
-    from densemixer_adapters.torchtitan import enable
+    from densemixer_adapters.torchtitan import apply_densemixer
     from densemixer_core import DenseMixerConfig
 
     stage = model_spec().model.build()
     del stage.layers["0"]
     for layers, attached_to in (([0], []), ([1], ["layers.1.moe"]), (":", ["layers.1.moe"])):
-        with enable([stage], DenseMixerConfig(layers=layers)) as handle:
+        with apply_densemixer([stage], DenseMixerConfig(layers=layers)) as handle:
             assert [layer.name for layer in handle.layers] == attached_to
 
 

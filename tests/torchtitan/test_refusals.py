@@ -25,7 +25,7 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.overrides.fused_swiglu import FusedGroupedExperts
 
-from densemixer_adapters.torchtitan import UnsupportedModelError, enable
+from densemixer_adapters.torchtitan import UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig, RoutingMismatchError
 
 CASE = next(iter(CASES.values()))
@@ -118,43 +118,43 @@ def test_a_layer(name: str) -> None:
     make, message = REFUSED[name]
     model = Model(make())
     with pytest.raises(UnsupportedModelError, match=rf"^block\.moe: DenseMixer can't train it: .*{message}"):
-        enable(model)
+        apply_densemixer(model)
     assert not model.block["moe"].router._forward_hooks
 
 
 def test_a_model_without_experts() -> None:
     with pytest.raises(UnsupportedModelError, match="Linear has no layer of torchtitan's class MoE"):
-        enable(nn.Linear(2, 2))
+        apply_densemixer(nn.Linear(2, 2))
 
 
 def test_twice() -> None:
     model = Model(build(CASE))
-    enable(model)
+    apply_densemixer(model)
     with pytest.raises(RuntimeError, match=r"block\.moe: DenseMixer is attached already"):
-        enable(model)
+        apply_densemixer(model)
 
 
 def test_metrics() -> None:
     with pytest.raises(ValueError, match=r"metrics: .*Leave the option out"):
-        enable(Model(build(CASE)), DenseMixerConfig(metrics=True))
+        apply_densemixer(Model(build(CASE)), DenseMixerConfig(metrics=True))
 
 
 def test_layers_that_are_not_there() -> None:
     with pytest.raises(ValueError, match=r"layers=\(3,\): the model has 1"):
-        enable(Model(build(CASE)), DenseMixerConfig(layers=[3]))
+        apply_densemixer(Model(build(CASE)), DenseMixerConfig(layers=[3]))
 
 
 def test_compiled_before() -> None:
     model = Model(build(CASE))
     model.block.compile(backend="eager")
     with pytest.raises(UnsupportedModelError, match=r"^block: .*compiled.*compile\.components"):
-        enable(model)
+        apply_densemixer(model)
 
 
 def test_compiled_afterwards() -> None:
     """As torchtitan compiles: the error is torch.compile's, with the text of ours."""
     model = Model(build(CASE, torch.float32))
-    enable(model)
+    apply_densemixer(model)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"leave \\?\"model\\?\" out of compile\.components"):
         compiled(titan_layer.batch(torch.float32)[0])
@@ -170,14 +170,14 @@ def test_a_router_that_routes_differently() -> None:
         return weights.square(), index, scores
 
     moe.router.forward = patched
-    with enable(Model(moe)), pytest.raises(RoutingMismatchError, match=r"^block\.moe: .*routes differently"):
+    with apply_densemixer(Model(moe)), pytest.raises(RoutingMismatchError, match=r"^block\.moe: .*routes differently"):
         moe(titan_layer.batch(torch.float32)[0])
 
 
 def test_weights_that_are_sharded_in_the_backward() -> None:
     moe = build(CASE, torch.float32)
     x, g = titan_layer.batch(torch.float32)
-    with enable(Model(moe)):
+    with apply_densemixer(Model(moe)):
         y = moe(x)
         inner = moe.routed_experts.inner_experts
         inner.w2_EDF = nn.Parameter(inner.w2_EDF[: EXPERTS // 2].detach())
@@ -191,7 +191,7 @@ def test_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     moe = build(CASE, torch.float32)
     with (
-        enable(Model(moe)),
+        apply_densemixer(Model(moe)),
         pytest.raises(UnsupportedModelError, match=r"^block\.moe: .*CUDA graph.*disable_cuda_graphs"),
     ):
         moe(titan_layer.batch(torch.float32)[0])

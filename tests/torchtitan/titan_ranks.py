@@ -23,7 +23,7 @@ from ranks import join, of_all_ranks
 from titan_model import SWITCH, float32_experts, initial_weights, load, step, trainer, truth
 from torch import Tensor, multiprocessing
 
-from densemixer_adapters.torchtitan import attached, enable
+from densemixer_adapters.torchtitan import apply_densemixer, attached_handle
 from densemixer_core import DenseMixerConfig
 
 DRAWS = 40
@@ -78,10 +78,10 @@ def examine(layout: Layout, weights: dict[str, Tensor], truths: dict[str, dict[s
         load(model, weights)
         routers = [name for name in weights if "router" in name]
         found = {"centered": step(run, layout.even)}  # by the override
-        layers = [layer.name for layer in attached(run.model_parts).layers]
-        attached(run.model_parts).remove()
+        layers = [layer.name for layer in attached_handle(run.model_parts).layers]
+        attached_handle(run.model_parts).remove()
         found["conventional"] = step(run, layout.even)
-        with enable(run.model_parts):
+        with apply_densemixer(run.model_parts):
             found["densemixer"] = step(run, layout.even)
         result: dict[str, Any] = {
             "layers": layers,
@@ -111,7 +111,7 @@ def drawing(run: Any, layout: Layout, routers: list[str], truths: Any, estimator
     exact = torch.cat([truths[estimator][name] for name in routers])
     draws = []
     for seed in range(DRAWS):
-        with enable(run.model_parts, DenseMixerConfig(estimator, budget=0.25, seed=seed)):
+        with apply_densemixer(run.model_parts, DenseMixerConfig(estimator, budget=0.25, seed=seed)):
             gradients = step(run, layout.even)[1]
         draws.append(torch.cat([gradients[name] for name in routers]))
     errors = torch.stack(draws).double() - exact

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from densemixer_adapters.automodel.experts import activation
 from densemixer_adapters.automodel.layer import AutomodelLayer, frozen_routers
 from densemixer_adapters.automodel.refuse import refuse_block, refuse_model
 from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.handle import Handle
 from densemixer_adapters.transformers.announce import announce, warn
 from densemixer_core import DenseMixerConfig
 
@@ -74,32 +74,16 @@ def attached_layer(block: nn.Module) -> AutomodelLayer | None:
     return next((owner for owner in owners if isinstance(owner, AutomodelLayer)), None)
 
 
-class AutomodelHandle:
-    """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
-
-    Attributes:
-        layers: The layers, in the model's order.
-    """
+class AutomodelHandle(Handle[AutomodelLayer]):
+    """What `apply_densemixer` attached."""
 
     def __init__(self, blocks: list[tuple[str, Any]], config: DenseMixerConfig) -> None:
         said: set[str] = set()
-        self.layers: list[AutomodelLayer] = []
+        layers = []
         for name, block in blocks:
             formula = activation(block.experts.config)
             assert formula is not None  # or it would have been refused
-            self.layers.append(AutomodelLayer(name, block, config, formula, said))
-        for layer in self.layers:
+            layers.append(AutomodelLayer(name, block, config, formula, said))
+        super().__init__(layers)
+        for layer in layers:
             layer.attach()
-
-    def remove(self) -> None:
-        """Leave the model as it was. Does nothing the second time."""
-        for layer in self.layers:
-            layer.remove()
-
-    def __enter__(self) -> AutomodelHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()

@@ -1,4 +1,4 @@
-"""DenseMixer in torchtitan: ``--override.imports densemixer_adapters.torchtitan.densemixer``, or `enable` on a model.
+"""DenseMixer in torchtitan: ``--override.imports densemixer_adapters.torchtitan.densemixer``, or `apply_densemixer`.
 
 Options come with the override, ``'densemixer_adapters.torchtitan.densemixer={"estimator": "centered"}'`` on the command
 line or ``("densemixer_adapters.torchtitan.densemixer", {"estimator": "centered"})`` in a configuration. It replaces the
@@ -20,9 +20,9 @@ from torchtitan.config.override import derive, override
 
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.switch import read_options
-from densemixer_adapters.torchtitan.attach import TorchtitanHandle, attached, enable
+from densemixer_adapters.torchtitan.attach import TorchtitanHandle, apply_densemixer, attached_handle
 
-__all__ = ["TorchtitanHandle", "UnsupportedModelError", "attached", "densemixer", "enable"]
+__all__ = ["TorchtitanHandle", "UnsupportedModelError", "apply_densemixer", "attached_handle", "densemixer"]
 
 SWITCH = f"{__name__}.densemixer"
 
@@ -54,7 +54,7 @@ def _with_densemixer(owner: Any) -> Any:
 
         def __init__(self, config: Any, *, model_parts: Any, **others: Any) -> None:
             super().__init__(config, model_parts=model_parts, **others)
-            enable(model_parts, read_options(SWITCH, config.densemixer))
+            apply_densemixer(model_parts, read_options(SWITCH, config.densemixer))
 
     # As torchtitan's log has them.
     WithDenseMixer.__name__ = WithDenseMixer.__qualname__ = f"{owner.__name__}WithDenseMixer"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from densemixer_adapters.errors import UnsupportedModelError
+from densemixer_adapters.handle import Handle
 from densemixer_adapters.torchtitan.layer import TorchtitanLayer, attached_layer
 from densemixer_adapters.torchtitan.refuse import refuse_compiled, refuse_layer
 from densemixer_adapters.transformers.announce import announce, warn
 from densemixer_core import DenseMixerConfig
 
 
-def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | None = None) -> TorchtitanHandle:
+def apply_densemixer(
+    model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | None = None
+) -> TorchtitanHandle:
     """Train the routers of a torchtitan model through all of their experts.
 
     The model's outputs stay what they are, bit for bit; nothing is added to its parameters, modules or checkpoints.
@@ -52,8 +54,8 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
         refuse_layer(name, moe)
         if attached_layer(moe) is not None:
             raise RuntimeError(
-                f"{name}: DenseMixer is attached already, by enable or by an override; attached(model).remove() "
-                "detaches it."
+                f"{name}: DenseMixer is attached already, by apply_densemixer or by an override; "
+                "attached_handle(model).remove() detaches it."
             )
     selected = {names[position] for position in options.positions(len(names))}
     layers = [TorchtitanLayer(name, moe, options) for name, moe in found if name in selected]
@@ -73,34 +75,14 @@ def enable(model: nn.Module | Sequence[nn.Module], config: DenseMixerConfig | No
     return TorchtitanHandle(layers)
 
 
-def attached(model: nn.Module | Sequence[nn.Module]) -> TorchtitanHandle:
+def attached_handle(model: nn.Module | Sequence[nn.Module]) -> TorchtitanHandle:
     """What is attached to a model, or to a trainer's ``model_parts``, whoever did it. Its ``layers`` may be none."""
     layers = (attached_layer(moe) for _, moe in _moe_layers(_parts(model)))
     return TorchtitanHandle([layer for layer in layers if layer is not None])
 
 
-class TorchtitanHandle:
-    """What is attached to a model. Leaving it as a context manager, or `remove`, detaches it.
-
-    Attributes:
-        layers: The layers of this rank, in the model's order.
-    """
-
-    def __init__(self, layers: list[TorchtitanLayer]) -> None:
-        self.layers = layers
-
-    def remove(self) -> None:
-        """Leave the model as it was. Does nothing the second time."""
-        for layer in self.layers:
-            layer.remove()
-
-    def __enter__(self) -> TorchtitanHandle:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.remove()
+class TorchtitanHandle(Handle[TorchtitanLayer]):
+    """What is attached to a model: the layers of this rank."""
 
 
 def _parts(model: nn.Module | Sequence[nn.Module]) -> Sequence[nn.Module]:
