@@ -14,7 +14,7 @@ import pytest
 
 HERE = Path(__file__).parent
 VERL = HERE.parent / "verl"
-TRAINED = ("EP 1", "EP 2", "EP 2, no checkpointing", "EP 2, centered", "EP 2, critic", "EP 2, router replay")
+TRAINED = ("EP 1", "EP 2", "EP 2, no checkpointing", "EP 2, centered", "EP 1, critic", "EP 2, router replay")
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def test_the_key_stays_out_of_the_models_configuration() -> None:
 def test_metrics(case: str) -> None:
     metrics, norm = report()[case]["metrics"], report()[case]["norm"]
     assert metrics["densemixer/router_grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert 0.1 < metrics["densemixer/router_grad_share_unselected"] < 0.9
+    assert 0.1 < metrics["densemixer/router_grad_share_unselected"] < 0.99
     assert metrics["densemixer/updates_lost"] < 0.01
     # A step at a small learning rate hardly changes what routers choose by themselves, whatever is replayed.
     assert metrics["densemixer/routing_change"] < 0.2
