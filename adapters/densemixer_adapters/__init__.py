@@ -4,5 +4,6 @@ Doors, a module each: ``transformers``, ``environment`` (any program), ``callbac
 ``llamafactory``, ``verl``, ``open_instruct``, ``deepspeed``, ``megatron``. ``_boot`` has the table of all hooks.
 
 Wings: ``transformers`` and ``megatron``, what is attached to a model; ``metrics``, whether it does anything; ``cli``,
-the command. ``switch`` and ``errors`` are what doors share; ``original`` is about the package of the paper's authors.
+the command. ``switch`` and ``errors`` are what doors share, ``expert_parallel`` what wings share, ``verl_engines`` what
+verl's engines do; ``original`` is about the package of the paper's authors.
 """
