@@ -10,6 +10,7 @@
 ``weights``     how to read these: parametrised, quantised, with adapters
 ``announce``    what a user is told
 ``cost``        what a layer costs
+``parallel``    how transformers spreads experts over ranks, and ``veomni`` how VeOmni does
 """
 
 from densemixer_adapters.errors import UnsupportedModelError
