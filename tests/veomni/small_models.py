@@ -16,7 +16,9 @@ from typing import Any
 import oracle
 import stand_ins
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, DeepseekV3Config, GptOssConfig, Qwen3MoeConfig
 
@@ -209,3 +211,21 @@ def is_router(name: str) -> bool:
 def apart(found: Gradients, conventional: Gradients) -> float:
     """How far the routers' gradients are from conventional training, at least."""
     return min(oracle.worst_error(found[name], conventional[name]) for name in found if is_router(name))
+
+
+def full(tensors: Gradients, state: Any) -> Gradients:
+    """Gradients, or weights, of all ranks. Collective.
+
+    Args:
+        tensors: This rank's, by name.
+        state: VeOmni's, which says how experts are spread.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if ".experts." in name and state.ep_enabled:
+            parts = [torch.empty_like(whole) for _ in range(state.ep_size)]
+            dist.all_gather(parts, whole.contiguous(), group=state.ep_group)
+            whole = torch.cat(parts)
+        found[name] = whole.clone()
+    return found

