@@ -131,7 +131,7 @@ def test_the_example(tmp_path: Path) -> None:
 
     def run(*command: str) -> str:
         done = subprocess.run(
-            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+            [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout + done.stderr
@@ -141,5 +141,5 @@ def test_the_example(tmp_path: Path) -> None:
     options += ["--override.imports", SWITCH + '={"estimator": "centered", "budget": 0.25}']
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     printed = run(*torchrun, str(EXAMPLE / "without_gpu.py"), *options)
-    assert "DenseMixer is attached to 2 layers of this rank's part of Qwen3Model: estimator centered" in printed
-    assert "step:  3" in printed.replace("\x1b[0m", "").replace("\x1b[31m", "")
+    assert "DenseMixer is attached to 2 layers of this rank's part of FSDPQwen3Model: estimator centered" in printed
+    assert "step:  3" in printed

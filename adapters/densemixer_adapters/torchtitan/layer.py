@@ -170,19 +170,15 @@ class TorchtitanLayer:
     def _dots(self, x: Tensor, g: Tensor, known: Known | None) -> Tensor:
         """In the backward, with the weights as they are then: FSDP has gathered them for the whole block."""
         experts = weights_of.read_experts(self.block.routed_experts.inner_experts)
-        held, count, config = len(experts.weights.down), self.block.router.num_experts, self.config
-        mesh, dtype, bound = (
-            getattr(self._dispatcher, "ep_mesh", None),
-            weights_of.COMPUTES_IN,
-            config.workspace_mb << 20,
-        )
+        held, count, selected = len(experts.weights.down), self.block.router.num_experts, self.block.router.top_k
+        config, dtype, bound = self.config, weights_of.COMPUTES_IN, self.config.workspace_mb << 20
+        mesh = getattr(self._dispatcher, "ep_mesh", None)
         ranks = 1 if mesh is None else mesh.size()
         if held * ranks != count:
             raise RuntimeError(
                 f"{self.name}: {ranks} ranks with {held} experts each, out of {count}: some weights are sharded while "
                 "DenseMixer needs them in the backward."
             )
-        selected = self.block.router.top_k
         if mesh is not None:
             return gathered_dots(
                 x,
