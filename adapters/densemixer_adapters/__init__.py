@@ -1,10 +1,11 @@
 """DenseMixer for training frameworks. The method itself is in `densemixer_core`.
 
 Doors, a module each: ``transformers``, ``environment`` (any program), ``callback`` (the HF Trainer's log),
-``llamafactory``, ``axolotl``, ``verl`` (and ``verl_engines``), ``open_instruct``, ``deepspeed``, ``megatron``,
+``llamafactory``, ``axolotl``, ``verl`` (with ``verl_engines``), ``open_instruct``, ``deepspeed``, ``megatron``,
 ``torchtitan``, ``automodel``. ``_boot`` has the table of all hooks.
 
-Wings: ``transformers``, ``megatron``, ``torchtitan`` and ``automodel``, what is attached to a model; ``metrics``, whether
-it does anything; ``cli``, the command; ``selftest``, whether the numbers are right on a machine. Doors and wings share
-``switch``, ``errors``, ``handle``, ``observer``, ``expert_parallel`` and its ``collectives``. ``original`` is about the package of the paper's authors.
+Wings: ``transformers``, ``megatron``, ``torchtitan`` and ``automodel``, what is attached to a model; ``metrics``,
+whether it does anything; ``selftest``, whether a machine gives the right numbers; ``cli``, the command. Doors and wings
+share ``switch``, ``errors``, ``handle``, ``observer``, ``expert_parallel`` and its ``collectives``. ``original`` is about
+the package of the paper's authors.
 """
