@@ -6,6 +6,6 @@ Doors, a module each: ``transformers``, ``environment`` (any program), ``callbac
 
 Wings: ``transformers``, ``megatron``, ``torchtitan`` and ``automodel``, what is attached to a model; ``metrics``,
 whether it does anything; ``selftest``, whether a machine gives the right numbers; ``cli``, the command. Doors and wings
-share ``switch``, ``errors``, ``handle``, ``observer``, ``expert_parallel`` and its ``collectives``. ``original`` is about
-the package of the paper's authors.
+share ``switch``, ``errors``, ``handle``, ``observer``, ``expert_parallel`` and its ``collectives``. ``original`` is
+about the package of the paper's authors.
 """
