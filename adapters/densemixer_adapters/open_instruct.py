@@ -48,8 +48,9 @@ def main() -> None:
     module, path = _find(script)
     if path.parent.name == "open_instruct" and (path.stem in OLMO_CORE or path.stem.startswith("olmo_core_")):
         _fail(
-            f"{script} trains a model of OLMo-core, and DenseMixer attaches to those of transformers only. Use "
-            "finetune, dpo_tune_cache or grpo_fast."
+            f"{script} trains a model of OLMo-core, through which open-instruct can't load or export OLMoE: its "
+            "converter doesn't know experts.gate_up_proj, which is what transformers 5 calls the weights. So there is "
+            "nothing there that DenseMixer could train. Use finetune, dpo_tune_cache or grpo_fast."
         )
     _enable()
     sys.argv = [str(path), *arguments]

@@ -53,7 +53,11 @@ def test_a_module_and_a_run_without(checkout: Path) -> None:
 def test_models_of_olmo_core_are_refused(checkout: Path, script: str) -> None:
     done = launch(script)
     assert done.returncode == 1
-    assert f"{script} trains a model of OLMo-core" in done.stderr
+    assert (
+        f"{script} trains a model of OLMo-core, through which open-instruct can't load or export OLMoE" in done.stderr
+    )
+    assert "doesn't know experts.gate_up_proj" in done.stderr
+    assert "Use finetune, dpo_tune_cache or grpo_fast" in done.stderr
     assert not done.stdout
 
 
