@@ -33,9 +33,11 @@ PATCHES = {
     "megatron.core.transformer.transformer_config": (
         "densemixer_adapters.megatron.config_field:patch_transformer_config"
     ),
+    "nemo_automodel._transformers.auto_model": "densemixer_adapters.automodel.door:patch_auto_model",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
     "verl.utils.config": "densemixer_adapters.verl:patch_config",
     "verl.workers.config.model": "densemixer_adapters.verl:patch_model_config",
+    "verl.workers.engine.automodel.transformer_impl": "densemixer_adapters.automodel.verl_engine:patch_engine",
     "verl.workers.engine.base": "densemixer_adapters.verl:patch_engine_registry",
     "verl.workers.engine.fsdp.transformer_impl": "densemixer_adapters.verl:patch_fsdp_engine",
     "verl.workers.engine.megatron.transformer_impl": "densemixer_adapters.verl:patch_megatron_engine",

@@ -2,8 +2,8 @@
 
 ``+critic.model.…`` does the same for the critic and ``+model.…`` for the SFT trainers. Instead of ``true``, a mapping
 with the fields of `densemixer_core.DenseMixerConfig` gives options; ``false`` says no to ``DENSEMIXER_ENABLED=1`` too.
-The engines ``fsdp`` and ``fsdp2`` are served. The engine ``megatron`` has the field of `densemixer_adapters.megatron`
-in ``…megatron.override_transformer_config``.
+The engines ``fsdp``, ``fsdp2`` and ``automodel`` (`densemixer_adapters.automodel`) are served. The engine ``megatron``
+has the field of `densemixer_adapters.megatron` in ``…megatron.override_transformer_config``.
 
 With the option ``metrics`` each update's metrics have the router metrics, by layer too, for one forward more of a
 micro-batch, without gradients. The engine ``megatron`` has those that need no further forward.
@@ -35,7 +35,7 @@ from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"
 SWITCH = f"override_config.{KEY}"
-ENGINES = ("fsdp", "fsdp2")
+ENGINES = ("automodel", "fsdp", "fsdp2")
 
 
 def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
@@ -113,7 +113,7 @@ def patch_engine_registry(module: Any) -> None:
                     f"configuration. Replace this one by +…megatron.override_transformer_config.{MEGATRON_FLAG}=true."
                 )
             raise ValueError(
-                f"{SWITCH}: verl's engine {backend!r} is not supported, only {' and '.join(ENGINES)} and megatron. "
+                f"{SWITCH}: verl's engine {backend!r} is not supported, only {', '.join(ENGINES)} and megatron. "
                 f"Either set strategy=fsdp2 for this role, or drop {SWITCH}."
             )
         return original(cls, model_type, backend, *args, **kwargs)

@@ -122,14 +122,14 @@ def test_the_key_in_a_place_where_it_is_none(key: str) -> None:
 
 
 @pytest.mark.usefixtures("assets")
-@pytest.mark.parametrize("backend", ["megatron", "veomni", "torchtitan", "automodel", "fsdp_turbo"])
+@pytest.mark.parametrize("backend", ["megatron", "veomni", "torchtitan", "fsdp_turbo"])
 def test_engines_that_are_not_served_are_refused(backend: str) -> None:
     """By verl's own registry, which the start-up hook has patched."""
     from verl.workers.engine.base import EngineRegistry
 
     on, off = (SimpleNamespace(override_config={"densemixer": value}) for value in (True, False))
     train, infer = (SimpleNamespace(forward_only=value) for value in (False, True))
-    message = f"engine '{backend}' is not supported, only fsdp and fsdp2 and megatron.* set strategy=fsdp2"
+    message = f"engine '{backend}' is not supported, only automodel, fsdp, fsdp2 and megatron.* set strategy=fsdp2"
     if backend == "megatron":
         message = "has a switch of its own.*override_transformer_config.moe_densemixer=true"
     with pytest.raises(ValueError, match=message):
