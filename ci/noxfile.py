@@ -204,6 +204,22 @@ def megatron(session: nox.Session, pins: str) -> None:
     run_tests(session, "tests/megatron")
 
 
+@nox.session(default=False)
+@nox.parametrize("pins", ["0.7.0", "0.4.0"])
+def automodel(session: nox.Session, pins: str) -> None:
+    """NeMo Automodel: its layers, its recipe and its key on one to four processes; 0.4.0 is for verl's engine."""
+    tests = ["tests/automodel"]
+    if pins == "0.4.0":
+        install(session, "verl")
+        tests = ["tests/automodel/test_verl_engine.py", "tests/automodel/test_layers.py"]
+    session.chdir(ROOT)
+    pip_install(session, "torch==2.13.0")
+    # Without what it requires, which is for CUDA in part.
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / f"automodel-{pins}.txt"))
+    install_editable(session)
+    run_tests(session, *tests)
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys
