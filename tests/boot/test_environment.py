@@ -95,6 +95,7 @@ SETUPS = {
     "info": lambda: (handle(), logging.getLogger().setLevel(logging.INFO)),
     "a handler for warnings": lambda: handle(logging.WARNING),
     "a handler for other loggers": lambda: handle(filter=OthersOnly()),
+    "a filter": lambda: logging.getLogger("densemixer").addFilter(OthersOnly()),
     "a handler for nothing": lambda: logging.getLogger().addHandler(logging.NullHandler()),
     "its level": lambda: logging.getLogger("densemixer").setLevel(logging.WARNING),
 }
@@ -102,6 +103,7 @@ found = {}
 for name, set_up in SETUPS.items():
     for logger in (logging.getLogger(), logging.getLogger("densemixer")):
         logger.handlers.clear()
+        logger.filters.clear()
         logger.setLevel(logging.NOTSET if logger.parent else logging.WARNING)
     with contextlib.redirect_stderr(io.StringIO()) as heard:
         set_up()
@@ -270,7 +272,7 @@ def test_one_line_a_model_whatever_logging_is_set_up(full: Environment, checkpoi
     assert heard.pop("its level") == []  # somebody wanted it so
     for theirs in ("the default level", "info"):
         assert heard.pop(theirs) == [f"theirs: {line}" for line in SPOKEN]
-    assert list(heard.values()) == [SPOKEN] * 5
+    assert list(heard.values()) == [SPOKEN] * 6
 
 
 # In the words of a program that sets the variable itself, at three places.

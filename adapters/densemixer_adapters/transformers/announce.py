@@ -74,6 +74,8 @@ def show_log(level: str | None) -> None:
         logger.setLevel(level or logging.INFO)
     if not any(isinstance(handler, _LastResort) for handler in logger.handlers):
         logger.addHandler(_LastResort())
+    if not any(isinstance(found, _BeforeFilters) for found in logger.filters):
+        logger.filters.insert(0, _BeforeFilters())
 
 
 class FrozenRouters:
@@ -134,4 +136,22 @@ class _LastResort(logging.Handler):
                 if not silent and record.levelno >= handler.level and handler.filter(record):
                     return
             source = source.parent if source.propagate else None
-        print(self.format(record), file=sys.stderr, flush=True)
+        _print(record)
+
+
+class _BeforeFilters(logging.Filter):
+    """Prints to standard error what another filter of the logger is about to drop, which no handler gets to see.
+
+    Some programs have a class of loggers that lets their own ones' records through alone.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        others = logging.Filterer()
+        others.filters = [found for found in logger.filters if found is not self]
+        if not others.filter(record):
+            _print(record)
+        return True
+
+
+def _print(record: logging.LogRecord) -> None:
+    print(logging.Formatter().format(record), file=sys.stderr, flush=True)
