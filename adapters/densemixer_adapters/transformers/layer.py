@@ -34,7 +34,7 @@ from densemixer_adapters.transformers.checks import (
 from densemixer_adapters.transformers.experts import formula_of, layout_of, unwrap, weight_names
 from densemixer_adapters.transformers.parallel import local_weights, spread_of
 from densemixer_adapters.transformers.routers import Router
-from densemixer_adapters.transformers.weights import read_weights
+from densemixer_adapters.transformers.weights import adapter_apart, read_weights
 from densemixer_core import (
     DenseMixerConfig,
     ExpertDots,
@@ -486,6 +486,13 @@ class DenseMixerLayer:
             raise UnsupportedModelError(
                 f"{self.name}: the weights of its experts are gone after the activation checkpoint around them, since "
                 "FSDP or ZeRO-3 shards them inside of it. Wrap them the other way round: the checkpoint inside."
+            )
+        if name := adapter_apart(call.experts, call.inner[0]):
+            raise UnsupportedModelError(
+                f"{self.name}: PEFT's LoRA on `{name}` of its experts isn't in that weight while they run, since a "
+                "kernel computes it apart (ScatterMoE and SonicMoE of Axolotl do), so DenseMixer can't see it. Train "
+                "the experts in full or not at all, choose another kernel (in Axolotl, drop use_scattermoe and "
+                "use_sonicmoe), or switch DenseMixer off."
             )
         if not comparable(call.block, call.experts):
             return

@@ -55,6 +55,26 @@ def read_weights(experts: nn.Module, names: Sequence[str | None]) -> tuple[Exper
     return ExpertWeights(*weights), Derivation(ExpertWeights(*sources), functools.partial(_compute, steps))
 
 
+def adapter_apart(outer: nn.Module, experts: nn.Module) -> str | None:
+    """The weight whose LoRA the running forward leaves to a kernel, so that it can't be read; None if there is none.
+
+    PEFT's wrappers put their adapter into the weight for the time of the forward. Some kernels have them leave that.
+
+    Args:
+        outer: The module with stacked weights in its wrappers.
+        experts: The module with the stacked weights.
+    """
+    for module in outer.modules():
+        wrapper: Any = module
+        name = getattr(wrapper, "parameter_name", None)
+        if name is None or not hasattr(wrapper, "lora_A") or wrapper.disable_adapters or wrapper.merged:
+            continue
+        active = any(adapter in wrapper.lora_A for adapter in wrapper.active_adapters)
+        if active and not is_parametrized(experts, name):
+            return str(name)
+    return None
+
+
 def _source(experts: Any, name: str | None) -> tuple[Any, tuple[_Step, ...]]:
     if name is None:
         return None, ()
