@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 PATCHES = {
+    "axolotl.integrations.densemixer.plugin": "densemixer_adapters.axolotl:patch_densemixer_plugin",
     "llamafactory.hparams.finetuning_args": "densemixer_adapters.llamafactory:patch_finetuning_args",
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.v1.config.model_args": "densemixer_adapters.llamafactory:patch_v1_model_args",
