@@ -204,6 +204,26 @@ def megatron(session: nox.Session, pins: str) -> None:
     run_tests(session, "tests/megatron")
 
 
+@nox.session(default=False)
+def axolotl(session: nox.Session) -> None:
+    """Axolotl: `axolotl train` with the plugin, on the CPU."""
+    session.chdir(ROOT)
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "axolotl.txt"))
+    install_editable(session)
+    run_tests(session, "tests/axolotl")
+
+
+@nox.session(default=False)
+def swift(session: nox.Session) -> None:
+    """ms-swift: `swift sft` and `swift rlhf`, on the CPU."""
+    session.chdir(ROOT)
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "swift.txt"))
+    install_editable(session)
+    run_tests(session, "tests/swift")
+
+
 # Says on a line of its own what is newer than an environment's pins.
 NEWER = """
 import importlib.metadata, sys
