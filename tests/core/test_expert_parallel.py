@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import run_script
+from ranks import once, run_script
 from spread import COUNTED, SAMPLED, WAYS
 
 
-@functools.cache
+@once
 def report() -> dict[str, Any]:
     """What each rank found, by way."""
     with tempfile.TemporaryDirectory() as folder:

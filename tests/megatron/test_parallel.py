@@ -16,14 +16,14 @@ import oracle
 import torch
 from cases import has
 from layouts import LAYOUTS, TRAININGS, Layout, Training, cells, train
-from ranks import run_script
+from ranks import once, run_script
 from small_models import DEAD
 
 CELLS = [(layout, cell) for layout in LAYOUTS for cell in cells(LAYOUTS[layout])]
 BUDGET, METRICS = "budget", "metrics"
 
 
-@functools.cache
+@once
 def report() -> dict[str, Any]:
     """What each rank found, by layout and cell."""
     with tempfile.TemporaryDirectory() as folder:

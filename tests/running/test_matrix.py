@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ import matrix
 import matrix_table
 import pytest
 from installs import is_installed
+from ranks import once
 
 CELLS = [(script, cell) for script in matrix.MATRIX for cell in matrix.cells(script, matrix.installed())]
 NEEDED = ("deepspeed", "trl", "liger-kernel", "triton")
@@ -27,7 +27,7 @@ def report(request: pytest.FixtureRequest) -> Callable[[str], dict[str, Any]]:
     here = [item for item in request.session.items if item.path == request.path]
     asked = [item.callspec.params for item in here if isinstance(item, pytest.Function) and hasattr(item, "callspec")]
 
-    @functools.cache
+    @once
     def run(script: str) -> dict[str, Any]:
         names = [one.get("cell") for one in asked if one.get("script") == script]
         return matrix.run(script, () if None in names else dict.fromkeys(names))
