@@ -29,7 +29,7 @@ FOLDERS = ["mixtral", "gpt_oss", "qwen3_moe", "deepseek_v3", "lfm2_moe"]
 OFTEN = 64
 """Training forwards of a layer, within which a change that nothing shows is found."""
 
-FLOAT32_ONLY = {"inkling2", "qwen3_omni_moe"}
+FLOAT32_ONLY = {"inkling2", "inkling2_loop", "qwen3_omni_moe"}
 """Whose host adds tensors of other dtypes, and fails in bfloat16."""
 
 
