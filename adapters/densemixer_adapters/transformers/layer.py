@@ -50,7 +50,7 @@ class DenseMixerLayer(HostLayer):
     """One Mixture-of-Experts layer. Its block owns it, by its hooks: a copied block has a layer of its own.
 
     Args:
-        name, block, router_attribute, spec: As in `HostLayer`.
+        name: As in `HostLayer`, and so are ``block``, ``router_attribute`` and ``spec``.
         config: The options.
         sharing: How many ranks have the same tokens, see `parallel.sharing_ranks`.
 
