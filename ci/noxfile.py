@@ -165,7 +165,7 @@ def install_transformers(session: nox.Session, pins: str) -> None:
 def transformers(session: nox.Session, pins: str) -> None:
     """Adapter, ways of running, metrics, command line: newest, a wheel. Oldest, editable: what depends on it."""
     install_transformers(session, pins)
-    tests = ["tests/demo", "tests/experiments", "tests/benchmarks", *TRANSFORMERS]
+    tests = ["tests/demo", "tests/experiments", "tests/benchmarks", "tests/selftest", *TRANSFORMERS]
     if pins == "5.5.4":
         depends = [f"tests/transformers/test_{name}.py" for name in DEPENDS]
         tests = ["tests/running/test_matrix.py", *depends, "tests/parity", "-k", PLAINEST]

@@ -23,6 +23,7 @@ def selftest(*checks: str, code: Path | None = None, **environment: str) -> tupl
     done = subprocess.run(
         [sys.executable, "-m", "densemixer_adapters.cli", "selftest", *checks, "--json"],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        cwd=code,  # which comes first on the path
         capture_output=True,
         text=True,
         timeout=570,
@@ -57,7 +58,7 @@ def test_green_as_it_is() -> None:
 
 @pytest.mark.skipif(not is_installed("triton"), reason="needs triton; run `nox -s transformers`")
 def test_a_broken_kernel(tmp_path: Path) -> None:
-    assert selftest("kernel", TRITON_INTERPRET="1")[0] == 0
+    """That it is green as it is, `tests/core/test_kernel.py` shows by more."""
     file = "densemixer_core/kernel/triton_kernel.py"
     broken = with_fault(tmp_path, file, "dots += tl.sum(hidden * p, 1)", "dots += 1.05 * tl.sum(hidden * p, 1)")
     status, outcomes = selftest("kernel", code=broken, TRITON_INTERPRET="1")
@@ -77,7 +78,7 @@ def test_a_wrong_layout_of_weights(tmp_path: Path) -> None:
 def test_a_missing_collective(tmp_path: Path) -> None:
     broken = with_fault(
         tmp_path,
-        "densemixer_adapters/expert_parallel.py",
+        "densemixer_adapters/collectives.py",
         "    dist.all_to_all_single(received, full, group=group)\n    whole",
         "    received = full\n    whole",
     )
@@ -88,12 +89,9 @@ def test_a_missing_collective(tmp_path: Path) -> None:
 
 def test_an_error_in_a_check_is_its_outcome(tmp_path: Path) -> None:
     broken = with_fault(tmp_path, "densemixer_core/products.py", "    if experts.layout.transposed:", "    if nothing:")
-    status, outcomes = selftest("products", "speed", code=broken)
+    status, outcomes = selftest("products", code=broken)
     assert status == 1
-    assert [(outcome["check"], outcome["state"]) for outcome in outcomes] == [
-        ("products", "failed"),
-        ("speed", "failed"),
-    ]
+    assert [(outcome["check"], outcome["state"]) for outcome in outcomes] == [("products", "failed")]
     assert "NameError" in outcomes[0]["found"]
 
 
