@@ -120,7 +120,8 @@ def options(cfg: Any) -> DenseMixerConfig | None:
 
 def is_on(cfg: Mapping[str, Any]) -> bool:
     """Whether a YAML that has one of the two plugins asks for DenseMixer. What is wrong is said later."""
-    return bool(cfg.get(SWITCH, True))
+    value = cfg.get(SWITCH, True)
+    return value is not None and value is not False  # a mapping without options asks for it too
 
 
 def refuse_expert_parallelism(cfg: Mapping[str, Any]) -> None:

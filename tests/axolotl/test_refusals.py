@@ -59,11 +59,13 @@ def test_without_the_key_it_is_on_as_axolotls_own_is(load: Callable[..., Any]) -
     assert load(dense_mixer=None).dense_mixer is True
 
 
-def test_expert_parallelism(load: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("switch", [True, {}], ids=str)
+def test_expert_parallelism(load: Callable[..., Any], switch: Any) -> None:
     with pytest.raises(ValueError, match=r"expert_parallel_size: 2: .*drop expert_parallel_size"):
         load(
             plugins=[PLUGIN, "axolotl.integrations.expert_parallel.ExpertParallelPlugin"],
             expert_parallel_size=2,
+            dense_mixer=switch,
         )
 
 
