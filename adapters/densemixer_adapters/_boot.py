@@ -34,6 +34,7 @@ PATCHES = {
     "megatron.core.transformer.transformer_config": (
         "densemixer_adapters.megatron.config_field:patch_transformer_config"
     ),
+    "nemo_automodel.components.config._arg_parser": "densemixer_adapters.automodel.door:patch_arg_parser",
     "nemo_automodel._transformers.auto_model": "densemixer_adapters.automodel.door:patch_auto_model",
     "verl.trainer.ppo.metric_utils": "densemixer_adapters.verl:patch_metric_utils",
     "verl.utils.config": "densemixer_adapters.verl:patch_config",

@@ -12,6 +12,7 @@ or that answer. `patch_densemixer_plugin` is called by the boot hook (`densemixe
 from __future__ import annotations
 
 import contextlib
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,8 +72,9 @@ class DenseMixerPlugin(BasePlugin):  # type: ignore[misc]  # skipped
         """Called with the YAML as it stands.
 
         Raises:
-            ValueError: DenseMixer doesn't work with another line of it.
+            ValueError: DenseMixer doesn't work with another line of it, or a key looks like a misspelling of ours.
         """
+        refuse_misspelt_keys(cfg)
         if is_on(cfg):
             refuse_expert_parallelism(cfg)
 
@@ -120,7 +122,19 @@ def options(cfg: Any) -> DenseMixerConfig | None:
 
 def is_on(cfg: Mapping[str, Any]) -> bool:
     """Whether a YAML that has one of the two plugins asks for DenseMixer. What is wrong is said later."""
-    return bool(cfg.get(SWITCH, True))
+    value = cfg.get(SWITCH, True)
+    return value is not None and value is not False  # a mapping without options asks for it too
+
+
+def refuse_misspelt_keys(cfg: Mapping[str, Any]) -> None:
+    """Axolotl drops what its schema doesn't have, and without our key the plugin is on with the default options.
+
+    Raises:
+        ValueError: A key looks like a misspelling of ours, or is what other frameworks call it.
+    """
+    for key in map(str, cfg):
+        if key != SWITCH and difflib.get_close_matches(key.lower(), [SWITCH, f"use_{SWITCH}"], cutoff=0.8):
+            raise ValueError(f"{key}: no such key; did you mean {SWITCH}?")
 
 
 def refuse_expert_parallelism(cfg: Mapping[str, Any]) -> None:

@@ -42,6 +42,22 @@ def read_options(name: str, options: Any) -> DenseMixerConfig:
         raise ValueError(f"{name}: {error}") from None
 
 
+def given_options(config: Any) -> DenseMixerConfig:
+    """What ``apply_densemixer`` was given; the default options for None.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if config is None:
+        return DenseMixerConfig()
+    if not isinstance(config, DenseMixerConfig):
+        raise TypeError(
+            f"apply_densemixer: the options must be a DenseMixerConfig, got {type(config).__name__}. Build one from a "
+            "mapping by DenseMixerConfig.from_dict."
+        )
+    return config
+
+
 def quotes(value: object) -> str:
     """The end of the message about a switch that is neither true nor false: what to do if it is so in quotes alone."""
     try:

@@ -87,6 +87,16 @@ def test_wrong_values(tiny: str, arguments: dict[str, Any], message: str) -> Non
         load(tiny, force_hf=True, **arguments)
 
 
+@pytest.mark.parametrize("key", ["densemixer", "use_densemixer", "distributed.densemixer"])
+def test_a_key_where_nobody_reads_it(key: str) -> None:
+    import make_tiny
+    from nemo_automodel.components.config._arg_parser import parse_args_and_load_config
+
+    source = str(Path(make_tiny.__file__).with_name("tiny.yaml"))
+    with pytest.raises(ValueError, match=rf"^{key}: nobody reads it there\. DenseMixer's key is model\.densemixer\.$"):
+        parse_args_and_load_config(source, ["-c", source, f"--{key}", "true"])
+
+
 def test_the_environment(tiny: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """It doesn't reach Automodel's own layers, which would train without a word."""
     monkeypatch.setenv("DENSEMIXER_ENABLED", "1")

@@ -142,3 +142,8 @@ def test_tensor_parallelism() -> None:
 def test_a_model_without_experts() -> None:
     with pytest.raises(UnsupportedModelError, match="has no Mixture-of-Experts layers"):
         apply_densemixer(nn.Linear(2, 2))
+
+
+def test_options_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"must be a DenseMixerConfig, got dict.*from_dict"):
+        apply_densemixer(build("softmax").moe, {"estimator": "centered"})  # type: ignore[arg-type]

@@ -55,15 +55,24 @@ def test_a_wrong_value(load: Callable[..., Any], value: Any, message: str) -> No
         load(dense_mixer=value)
 
 
+@pytest.mark.parametrize("key", ["densemixer", "use_densemixer", "dense_mixers"])
+def test_a_misspelt_key(load: Callable[..., Any], key: str) -> None:
+    """Axolotl drops what its schema doesn't have, and the plugin is on without its key."""
+    with pytest.raises(ValueError, match=rf"^{key}: no such key; did you mean dense_mixer\?"):
+        load(plugins=[PLUGIN], dense_mixer=None, **{key: {"estimator": "centered"}})
+
+
 def test_without_the_key_it_is_on_as_axolotls_own_is(load: Callable[..., Any]) -> None:
     assert load(dense_mixer=None).dense_mixer is True
 
 
-def test_expert_parallelism(load: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("switch", [True, {}], ids=str)
+def test_expert_parallelism(load: Callable[..., Any], switch: Any) -> None:
     with pytest.raises(ValueError, match=r"expert_parallel_size: 2: .*drop expert_parallel_size"):
         load(
             plugins=[PLUGIN, "axolotl.integrations.expert_parallel.ExpertParallelPlugin"],
             expert_parallel_size=2,
+            dense_mixer=switch,
         )
 
 

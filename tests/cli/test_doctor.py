@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import packaging
 import pytest
 from installs import Environment
 
-from densemixer_adapters.cli.doctor import Check, check_environment
+from densemixer_adapters.cli.doctor import TESTED, Check, check_environment, frameworks
 
 pytest.importorskip("typer", reason="needs typer, which the package requires; install it with pip")
 
@@ -71,6 +72,21 @@ def test_a_framework_without_the_modules_that_we_hook(full: Environment, tmp_pat
     assert status == 1
     check = checks["hook llamafactory.model.loader"]
     assert (check["state"], check["detail"]) == ("problem", "llamafactory 9.9 has no such module")
+
+
+def test_frameworks_that_no_extra_installs() -> None:
+    installed = {"torchtitan": "0.3.0", "nemo-automodel": "0.8.0", "numpy": "2.3.0"}
+    assert list(frameworks(installed)) == [
+        Check("nemo-automodel", "note", "0.8.0 (tested: 0.4.0 and 0.7.0)"),
+        Check("torchtitan", "ok", "0.3.0 (tested: 0.3.0)"),
+    ]
+
+
+def test_what_is_said_to_be_tested_are_the_pins() -> None:
+    pins = "\n".join(file.read_text() for file in (Path(__file__).parents[2] / "ci" / "environments").glob("*.txt"))
+    for framework, versions in TESTED.items():
+        found = re.findall(rf"^{re.sub('[-_]', '[-_]', framework)}==(\S+)$", pins, re.MULTILINE)
+        assert {*found} == {*versions}, framework
 
 
 def test_a_launcher_of_another_environment(full: Environment, tmp_path: Path) -> None:

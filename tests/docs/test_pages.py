@@ -45,6 +45,15 @@ def test_the_readme_is_one_page() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 200
 
 
+def test_all_ways_to_router_metrics_are_on_their_page() -> None:
+    table = re.search(r"\| Router metrics \|.*?\n\n", TEXTS[REPOSITORY / "README.md"], re.DOTALL)
+    assert table is not None
+    ways = [named(row)[-1] for row in table[0].splitlines() if "metrics: true" in row]
+    assert len(ways) > 2
+    for way in ways:
+        assert way in named(TEXTS[REPOSITORY / "docs" / "metrics.md"]), way
+
+
 def test_no_block_of_code_is_overlooked() -> None:
     for page, text in TEXTS.items():
         fences = re.findall(r"^ *(?:```|~~~)", text, flags=re.MULTILINE)

@@ -7,11 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from installs import is_installed
+
+from densemixer_adapters.selftest import spread
+from densemixer_adapters.selftest.reference import relative_error
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,6 +91,32 @@ def test_a_missing_collective(tmp_path: Path) -> None:
     status, outcomes = selftest("expert parallelism", code=broken)
     assert status == 1
     assert "failed" in states(outcomes, "expert parallelism")
+
+
+def test_one_process_goes_through_the_collectives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As over NCCL, where a machine has one GPU."""
+    made = []
+
+    def counted(name: str) -> Callable[..., Any]:
+        real = getattr(dist, name)
+
+        def collective(*args: Any, **kwargs: Any) -> Any:
+            made.append(name)
+            return real(*args, **kwargs)
+
+        return collective
+
+    names = ("all_gather_into_tensor", "all_to_all_single")
+    for name in names:
+        monkeypatch.setattr(dist, name, counted(name))
+    threads = torch.get_num_threads()
+    try:
+        spread._rank(0, 1, str(tmp_path / "one"), "gloo", "cpu")
+    finally:
+        torch.set_num_threads(threads)
+    assert {*made} == {*names}
+    found = torch.load(tmp_path / "one.0")
+    assert relative_error(found["dots"], found["truth"]) <= 1e-5
 
 
 def test_an_error_in_a_check_is_its_outcome(tmp_path: Path) -> None:

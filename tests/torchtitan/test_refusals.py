@@ -11,7 +11,7 @@ pytest.importorskip("torchtitan", reason="needs torchtitan; run `nox -s torchtit
 
 import titan_layer
 import torch
-from titan_layer import CASES, EXPERTS, build, config_of
+from titan_layer import CASES, build, config_of
 from torch import nn
 from torchtitan.components.quantization.float8 import _get_float8_grouped_experts_cls
 from torchtitan.components.quantization.mx import _get_mxfp8_grouped_experts_cls
@@ -174,15 +174,28 @@ def test_a_router_that_routes_differently() -> None:
         moe(titan_layer.batch(torch.float32)[0])
 
 
-def test_weights_that_are_sharded_in_the_backward() -> None:
+@pytest.mark.parametrize(
+    ("dim", "message"),
+    [
+        (0, "1 ranks with 4 experts each, out of 8"),
+        (1, r"\d+ rows of a down projection, out of \d+: .*not the experts"),
+    ],
+)
+def test_weights_that_are_sharded_in_the_backward(dim: int, message: str) -> None:
     moe = build(CASE, torch.float32)
     x, g = titan_layer.batch(torch.float32)
     with apply_densemixer(Model(moe)):
         y = moe(x)
         inner = moe.routed_experts.inner_experts
-        inner.w2_EDF = nn.Parameter(inner.w2_EDF[: EXPERTS // 2].detach())
-        with pytest.raises(RuntimeError, match=r"block\.moe: 1 ranks with 4 experts each, out of 8"):
+        for name, weight in list(inner.named_parameters()):
+            setattr(inner, name, nn.Parameter(weight.detach().chunk(2, dim)[0]))
+        with pytest.raises(RuntimeError, match=rf"block\.moe: .*{message}"):
             y.backward(g)
+
+
+def test_options_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"must be a DenseMixerConfig, got dict.*from_dict"):
+        apply_densemixer(Model(build(CASE)), {"estimator": "centered"})  # type: ignore[arg-type]
 
 
 def test_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:

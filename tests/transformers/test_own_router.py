@@ -111,6 +111,51 @@ def test_a_wrong_declaration_stops_the_first_step_and_can_be_put_right(page: Any
         gradients(model, ids)
 
 
+@pytest.mark.parametrize(
+    "declared",
+    [
+        Router("sigmoid", renormalised="norm_topk"),
+        Router("sigmoid", True, epsilon="norm_topk"),
+        Router("sigmoid", True, expert_scale="norm_topk"),
+    ],
+    ids=["renormalised", "epsilon", "expert_scale"],
+)
+def test_an_attribute_that_is_not_there(page: Any, declared: Router) -> None:
+    register_router("MyTopKRouter", declared)
+    with pytest.raises(UnsupportedModelError, match=r"^block \(MyBlock\): .*MyTopKRouter names 'norm_topk'"):
+        apply_densemixer(build(page))
+
+
+def test_experts_without_the_decorator(page: Any) -> None:
+    exec(DECLARATION, {})
+    model = build(page)
+    plain = type("MyExperts", (nn.Module,), {})()
+    plain.gate_up_proj, plain.down_proj = model.block.experts.gate_up_proj, model.block.experts.down_proj
+    model.block.experts = plain
+    with pytest.raises(UnsupportedModelError, match=r"decorate experts of your own.*own-router\.md"):
+        apply_densemixer(model)
+
+
+def test_a_router_that_returns_a_list(page: Any) -> None:
+    exec(DECLARATION, {})
+    model, ids = build(page), torch.arange(24).reshape(2, 12)
+    apply_densemixer(model)
+    expected = gradients(model, ids)
+    forward = type(model.block.router).forward
+    model.block.router.forward = lambda x: [*forward(model.block.router, x)]
+    found = gradients(model, ids)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_router_that_returns_its_weights_first(page: Any) -> None:
+    exec(DECLARATION, {})
+    model, ids = build(page), torch.arange(24).reshape(2, 12)
+    router, forward = model.block.router, type(model.block.router).forward
+    router.forward = lambda x: forward(router, x)[1::-1] + forward(router, x)[2:]
+    with apply_densemixer(model), pytest.raises(UnsupportedModelError, match="must return its logits first"):
+        gradients(model, ids)
+
+
 def test_a_plain_linear_router_goes_by_its_block(page: Any) -> None:
     """Its class says nothing."""
 
@@ -151,6 +196,7 @@ def test_a_subclass_may_differ_from_what_it_is_of() -> None:
         ),
         (("MyRouter", "softmax"), TypeError, "got 'MyRouter' and 'softmax'"),
         (("MyRouter", Router("gelu", True)), ValueError, "'gelu' is none of the scores softmax, sigmoid, sqrtsoftplus"),
+        (("MyRouter", Router("softmax", True, further="identiy")), ValueError, "further must be .*got 'identiy'"),
         (("Qwen3MoeTopKRouter", Router("sigmoid", True)), ValueError, "declared already"),
         (("DeepseekV4HashRouter", Router("sigmoid", True)), ValueError, "declared already"),
     ],

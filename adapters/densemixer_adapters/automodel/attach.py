@@ -13,6 +13,7 @@ from densemixer_adapters.automodel.layer import AutomodelLayer, frozen_routers
 from densemixer_adapters.automodel.refuse import refuse_block, refuse_model
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.handle import Handle
+from densemixer_adapters.switch import given_options
 from densemixer_adapters.transformers.announce import announce, warn
 from densemixer_core import DenseMixerConfig
 
@@ -34,10 +35,11 @@ def apply_densemixer(
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers, or something that can't be trained this way.
+        TypeError: The options are of another type.
         ValueError: The options select layers that the model doesn't have.
         RuntimeError: DenseMixer is attached already.
     """
-    config = config or DenseMixerConfig()
+    config = given_options(config)
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(
             f"DenseMixer can't train this {type(model).__name__}: pipeline parallelism has not been run with the "

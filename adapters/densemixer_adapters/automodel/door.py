@@ -5,14 +5,15 @@ kin. A ``_target_`` of one's own would not do: Automodel gives its distributed s
 So these learn one argument more: true, false, or a mapping with the fields of `densemixer_core.DenseMixerConfig`. It is
 taken out before anybody else sees it, so configurations of models and checkpoints are as without.
 
-`patch_auto_model` is called by the boot hook (`densemixer_adapters._boot`), right after its module was imported.
+`patch_auto_model` and `patch_arg_parser` are called by the boot hook (`densemixer_adapters._boot`), each right after
+its module was imported.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -33,9 +34,33 @@ def patch_auto_model(module: Any) -> None:
         wrap(module._BaseNeMoAutoModelClass, name)(_build_and_attach)
 
 
+def patch_arg_parser(module: Any) -> None:
+    """Refuse our key where nobody would read it, before anything is loaded: Automodel ignores what it doesn't know."""
+
+    @wrap(module, "parse_args_and_load_config")
+    def parse_args_and_load_config(original: Any, *args: Any, **kwargs: Any) -> Any:
+        config = original(*args, **kwargs)
+        for path in _misplaced(config.to_dict()):
+            raise ValueError(f"{path}: nobody reads it there. DenseMixer's key is {SWITCH}.")
+        return config
+
+
+def _misplaced(section: Any, path: str = "") -> Iterator[str]:
+    """The paths of what looks like our key in a section that is no argument of anything."""
+    for key, value in section.items() if isinstance(section, Mapping) else ():
+        if not _looks_like_our_key(key):
+            yield from _misplaced(value, f"{path}{key}.")
+        elif "_target_" not in section:
+            yield f"{path}{key}"
+
+
+def _looks_like_our_key(key: Any) -> bool:
+    return bool(difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8))
+
+
 def _build_and_attach(build: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     for key in kwargs:
-        if key != KEY and difflib.get_close_matches(key.lower(), [KEY, f"use_{KEY}"], cutoff=0.8):
+        if key != KEY and _looks_like_our_key(key):
             raise ValueError(f"model.{key}: no such key; did you mean {SWITCH}?")
     value = kwargs.pop(KEY, None)
     if not isinstance(value, Mapping) and hasattr(value, "to_dict"):  # a section of Automodel's YAML

@@ -217,9 +217,9 @@ def report(
     if not found.series:
         say(
             f"densemixer report: {run_dir} has no router metrics. Switch them on for the next run with the option "
-            "metrics: `densemixer: {metrics: true}` in LLaMA-Factory, DENSEMIXER_METRICS=1 with DENSEMIXER_ENABLED=1, "
-            "callbacks=[DenseMixerCallback()] for a Trainer, +...override_config.densemixer='{metrics: true}' in verl. "
-            "What Megatron-LM logs isn't read.",
+            "metrics: `densemixer: {metrics: true}` in LLaMA-Factory, `dense_mixer: {metrics: true}` in Axolotl, "
+            "DENSEMIXER_METRICS=1 with DENSEMIXER_ENABLED=1, callbacks=[DenseMixerCallback()] for a Trainer, "
+            "+...override_config.densemixer='{metrics: true}' in verl. What Megatron-LM logs isn't read.",
             err=True,
         )
         raise typer.Exit(1)

@@ -31,6 +31,8 @@ ORIGINAL = "densemixer"
 STARTUP_FILES = ("densemixer.pth", "densemixer.start", site_hook.FILE)
 LAUNCHERS = {"llamafactory": ("llamafactory-cli", "torchrun")}
 """The commands that start a framework's processes, by its distribution."""
+TESTED = {"ms-swift": ("4.6.0",), "nemo-automodel": ("0.4.0", "0.7.0"), "torchtitan": ("0.3.0",), "veomni": ("0.1.12",)}
+"""The distributions of frameworks that no extra of ours installs, and the versions that the tests run."""
 DISTRIBUTIONS = {"megatron": "megatron-core", "nemo_automodel": "nemo-automodel"}
 """The distribution that a framework's package comes from, where it has another name."""
 
@@ -69,6 +71,7 @@ def examine() -> list[Check]:
         *_original(installed),
         *check_environment(os.environ),
         *_libraries(installed),
+        *frameworks(installed),
         *_hooks(installed),
         *_launchers(installed),
     ]
@@ -206,6 +209,14 @@ def _libraries(installed: dict[str, str]) -> Iterator[Check]:
         else:
             wanted = f'pip install "{requirement.name}{requirement.specifier}"'
             yield Check(requirement.name, "problem", f"{version} ({supported})", wanted)
+
+
+def frameworks(installed: Mapping[str, str]) -> Iterator[Check]:
+    """Each framework that we declare no version of, if it is installed."""
+    for framework, versions in TESTED.items():
+        if version := installed.get(framework):
+            known = version in versions
+            yield Check(framework, "ok" if known else "note", f"{version} (tested: {' and '.join(versions)})")
 
 
 def _hooks(installed: dict[str, str]) -> Iterator[Check]:

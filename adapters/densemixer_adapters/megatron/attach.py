@@ -15,6 +15,7 @@ from densemixer_adapters.megatron.layer import MegatronLayer, attached_layer
 from densemixer_adapters.megatron.metrics import measure, want_metrics
 from densemixer_adapters.megatron.positions import PATTERNS, Selection, has_experts
 from densemixer_adapters.megatron.refuse import refuse_config
+from densemixer_adapters.switch import given_options
 from densemixer_core import DenseMixerConfig
 
 
@@ -34,10 +35,11 @@ def apply_densemixer(model: nn.Module | Sequence[nn.Module], config: DenseMixerC
 
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers at all, or one that can't be trained this way.
+        TypeError: The options are of another type.
         ValueError: The options select layers that the model doesn't have, or its layers aren't known.
         RuntimeError: DenseMixer is attached already.
     """
-    options = config or DenseMixerConfig()
+    options = given_options(config)
     chunks = _chunks(model)
     paths = _moe_layers(chunks)
     settings = _configuration(chunks)

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
+from densemixer_adapters.collectives import all_gather, given_back, handed_out
 from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.selftest import products
 from densemixer_adapters.selftest.outcome import Outcome, compared
@@ -23,7 +25,7 @@ SPLIT = (60, products.TOKENS)
 
 
 def check_spread(device: str) -> Iterator[Outcome]:
-    """Over gloo on the CPU; with a GPU also over NCCL, with the one process that one GPU allows."""
+    """Over gloo on the CPU; with a GPU also its collectives over NCCL, with the one process that one GPU allows."""
     with tempfile.TemporaryDirectory() as folder:
         yield from _run(Path(folder) / "gloo", RANKS, "gloo", "cpu")
         if device == "cuda":
@@ -68,6 +70,15 @@ def _rank(rank: int, ranks: int, meeting: str, backend: str, device: str) -> Non
         seed=0,
         workspace_bytes=1 << 20,
     )
+    if ranks == 1:  # which exchanges nothing: have the backend hand all of it from this process to itself
+        dots = _through_the_backend(dots, dist.group.WORLD)  # type: ignore[arg-type]
     truth = products.truth(x[start:end], g[start:end], everything)
     torch.save({"dots": dots.cpu(), "truth": truth.cpu()}, f"{meeting}.{rank}")
     dist.destroy_process_group()
+
+
+def _through_the_backend(dots: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The same inner products, after each collective that is made where experts are spread over ranks."""
+    rows, count = dots.shape
+    columns = torch.arange(count, device=dots.device)
+    return given_back(handed_out(all_gather(dots, rows, group), rows, group), columns, 1, count, group)[0]

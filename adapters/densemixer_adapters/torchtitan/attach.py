@@ -9,6 +9,7 @@ from torch import nn
 
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.handle import Handle
+from densemixer_adapters.switch import given_options
 from densemixer_adapters.torchtitan.layer import TorchtitanLayer, attached_layer
 from densemixer_adapters.torchtitan.refuse import refuse_compiled, refuse_layer
 from densemixer_adapters.transformers.announce import announce, warn
@@ -33,10 +34,11 @@ def apply_densemixer(
     Raises:
         UnsupportedModelError: The model has no Mixture-of-Experts layers, one that is built of what DenseMixer doesn't
             know, or one that is compiled.
+        TypeError: The options are of another type.
         ValueError: The options select layers that the model doesn't have, or ask for metrics.
         RuntimeError: DenseMixer is attached already.
     """
-    options = config or DenseMixerConfig()
+    options = given_options(config)
     if options.metrics:
         raise ValueError(
             "metrics: router metrics don't get into torchtitan's log. Leave the option out; the gradients are the same."

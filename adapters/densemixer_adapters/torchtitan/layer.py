@@ -174,10 +174,12 @@ class TorchtitanLayer:
         config, dtype, bound = self.config, weights_of.COMPUTES_IN, self.config.workspace_mb << 20
         mesh = getattr(self._dispatcher, "ep_mesh", None)
         ranks = 1 if mesh is None else mesh.size()
-        if held * ranks != count:
+        hidden = experts.weights.down.shape[1]
+        if held * ranks != count or hidden != x.shape[1]:  # FSDP shards by number, or by the dimension that follows
             raise RuntimeError(
-                f"{self.name}: {ranks} ranks with {held} experts each, out of {count}: some weights are sharded while "
-                "DenseMixer needs them in the backward."
+                f"{self.name}: {ranks} ranks with {held} experts each, out of {count}, and {hidden} rows of a down "
+                f"projection, out of {x.shape[1]}: some weights are sharded while DenseMixer needs them in the "
+                "backward. Have FSDP wrap the layer or its block, not the experts alone."
             )
         if mesh is not None:
             return gathered_dots(

@@ -20,7 +20,8 @@ logger = logging.getLogger("densemixer")
 UNREAD_METRICS = (
     "DenseMixer: the option metrics does nothing in this training loop, where nobody reads router metrics. The Trainer "
     "of transformers logs them if it has densemixer_adapters.callback.DenseMixerCallback() among its callbacks, or "
-    "under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory and verl with the option set there. Otherwise leave it out."
+    "under DENSEMIXER_ENABLED=1; and so do LLaMA-Factory, Axolotl and verl with the option set there. Otherwise leave "
+    "it out."
 )
 OVERFLOW = (
     "DenseMixer: for some tokens the output of an expert that wasn't selected doesn't fit into float16, first in "

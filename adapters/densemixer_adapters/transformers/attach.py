@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.handle import Handle
+from densemixer_adapters.switch import given_options
 from densemixer_adapters.transformers.announce import (
     CHANGED_EXPERTS,
     OVERFLOW,
@@ -70,12 +71,7 @@ def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMix
     """`apply_densemixer` for adapters that tell the user in the words of their framework: nothing is logged."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_densemixer: the model must be a torch.nn.Module, got {type(model).__name__}")
-    config = DenseMixerConfig() if config is None else config
-    if not isinstance(config, DenseMixerConfig):
-        raise TypeError(
-            f"apply_densemixer: the options must be a DenseMixerConfig, got {type(config).__name__}. Build one from a "
-            "mapping by DenseMixerConfig.from_dict."
-        )
+    config = given_options(config)
     if "unsloth" in sys.modules:
         # Importing it puts its own forwards into the classes of experts, blocks and PEFT's wrappers. With LoRA on the
         # experts, the weights that DenseMixer would compute with are never made.

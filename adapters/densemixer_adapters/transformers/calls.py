@@ -147,7 +147,7 @@ def after_router(router: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     call = under_way()
     # Without gradients in a forward that trains: somebody looks at the router in between.
     if call is not None and router is call.router and (torch.is_grad_enabled() or not call.trains):
-        call.router_output = output[0] if isinstance(output, tuple) else output
+        call.router_output = output[0] if isinstance(output, tuple | list) else output
         call.router_input = args[0] if args else None
 
 

@@ -42,6 +42,11 @@ def known_router(where: str, router: nn.Module, block: nn.Module) -> Router:
             "transformers that isn't in densemixer_adapters/transformers/routers.py, a newer densemixer-adapters "
             "may know it. Or switch DenseMixer off for this model."
         )
+    if missing := spec.missing(router, block):
+        raise UnsupportedModelError(
+            f"{where}: the declaration of its router {type(router).__name__} names {', '.join(map(repr, missing))}, "
+            "and there is no such attribute. Correct what register_router says of it."
+        )
     return spec
 
 
@@ -56,7 +61,8 @@ def refuse_experts(where: str, experts: nn.Module, whole: Any | None) -> None:
         raise UnsupportedModelError(
             f"{where}: its experts ({type(experts).__name__}) don't hold stacked weights as the models of "
             "transformers 5 do. Load the model with transformers >= 5.5.4, without quantisation, and without "
-            "adapters that replace its experts; or switch DenseMixer off."
+            "adapters that replace its experts; decorate experts of your own with transformers' "
+            "use_experts_implementation (docs/own-router.md); or switch DenseMixer off."
         )
     if reason := why_unreadable(experts, weight_names(experts)):
         raise UnsupportedModelError(
@@ -140,7 +146,8 @@ def refuse_scores(name: str, scored: int, held: int, spec: Router) -> None:
     if scored < held:
         raise UnsupportedModelError(
             f"{name}: its router returns {scored} numbers a token first, not the scores of {held} experts. "
-            "Newer versions of transformers return them; upgrade, or switch DenseMixer off."
+            "Newer versions of transformers return them: upgrade. A router of your own must return its logits first. "
+            "Or switch DenseMixer off."
         )
     if scored > held and spec.further is None:
         raise UnsupportedModelError(

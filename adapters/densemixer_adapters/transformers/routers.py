@@ -55,6 +55,11 @@ class Router:
         """Read the declaration off the router."""
         return float(getattr(router, self.epsilon)) if isinstance(self.epsilon, str) else self.epsilon
 
+    def missing(self, router: nn.Module, block: nn.Module) -> list[str]:
+        """The attributes that the declaration names, and which aren't there."""
+        named = [(self.renormalised, (router, block)), (self.epsilon, (router,)), (self.expert_scale, (router,))]
+        return [name for name, owners in named if isinstance(name, str) and not any(hasattr(it, name) for it in owners)]
+
     def is_renormalised(self, owners: Iterable[nn.Module]) -> bool:
         """Read the declaration off the first of ``owners`` (router, block) that has the attribute."""
         if isinstance(self.renormalised, bool):
@@ -207,7 +212,8 @@ def register_router(name: str, router: Router) -> None:
 
     Raises:
         TypeError: One of them is of another type.
-        ValueError: The score isn't known, or the class is one of transformers', whose declaration is built in.
+        ValueError: The score isn't known, or what further outputs stand for, or the class is one of transformers',
+            whose declaration is built in.
     """
     if not isinstance(name, str) or not isinstance(router, Router):
         raise TypeError(
@@ -215,6 +221,8 @@ def register_router(name: str, router: Router) -> None:
         )
     if router.score not in SCORE_FUNCTIONS:
         raise ValueError(f"register_router: {router.score!r} is none of the scores {', '.join(SCORE_FUNCTIONS)}")
+    if router.further not in (None, "identity", "zero"):
+        raise ValueError(f"register_router: further must be 'identity', 'zero' or None; got {router.further!r}")
     if name in ROUTERS or name in CONVENTIONAL:
         raise ValueError(f"register_router: {name} is declared already; give a router of your own a name of its own")
     _REGISTERED[name] = router
