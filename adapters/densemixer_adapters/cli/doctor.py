@@ -31,7 +31,7 @@ ORIGINAL = "densemixer"
 STARTUP_FILES = ("densemixer.pth", "densemixer.start", site_hook.FILE)
 LAUNCHERS = {"llamafactory": ("llamafactory-cli", "torchrun")}
 """The commands that start a framework's processes, by its distribution."""
-DISTRIBUTIONS = {"megatron": "megatron-core", "nemo_automodel": "nemo-automodel"}
+DISTRIBUTIONS = {"mcore_adapter": "mcore-adapter", "megatron": "megatron-core", "nemo_automodel": "nemo-automodel"}
 """The distribution that a framework's package comes from, where it has another name."""
 
 
