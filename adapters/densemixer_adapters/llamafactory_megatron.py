@@ -68,6 +68,8 @@ def _run_workflow(
             f"{ENABLED}=1 reaches models of transformers, and USE_MCA=1 trains one of Megatron Core: it trains without "
             "DenseMixer. Set use_densemixer: true in the YAML instead."
         )
+    if use is not None and FLAG in (getattr(training_args, "additional_configs", None) or {}):
+        raise ValueError(f"use_densemixer is set, and so is {FLAG} in additional_configs. Drop the latter.")
     token = _run.set(_Run(DenseMixerConfig.from_dict(finetuning_args.densemixer or {})) if use else None)
     try:
         with left_alone():  # a model of transformers is made for the collator alone

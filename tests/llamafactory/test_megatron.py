@@ -42,6 +42,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "on": {**ON, "densemixer": {"metrics": True}},
     "pre-training": {**ON, "stage": "pt"},
     "DPO": {**ON, "stage": "dpo", "dataset": "dpo"},
+    "Megatron's field": {"additional_configs": {"moe_densemixer": True}},
+    "both": {**ON, "additional_configs": {"moe_densemixer": True}},
     "no such layer": {**ON, "densemixer": {"layers": [7]}},
     "the environment": {"environment": {"DENSEMIXER_ENABLED": "1"}},
 }
@@ -115,7 +117,15 @@ def train(
         "use_cpu": True,
         **settings,
     }
-    each = {name: {**common, "output_dir": str(folder / name), **run} for name, run in wanted.items()}
+    each = {
+        name: {
+            **common,
+            "output_dir": str(folder / name),
+            **run,
+            "additional_configs": settings.get("additional_configs", {}) | run.get("additional_configs", {}),
+        }
+        for name, run in wanted.items()
+    }
     (folder / "runs.json").write_text(json.dumps(each))
     paths = [adapter, HERE.parent / "megatron", os.environ.get("MEGATRON_CORE", ""), *sys.path]
     report = run_script(
@@ -144,6 +154,7 @@ def load(run: Path) -> dict[str, Any]:
         ("on", {"model": 2}),
         ("pre-training", {"model": 2}),
         ("DPO", {"model": 2, "reference": 0}),
+        ("Megatron's field", {"model": 2}),
         ("the environment", {"model": 0}),
     ],
 )
@@ -166,10 +177,18 @@ def test_the_first_loss_is_the_same(runs: Runs) -> None:
 
 
 def test_checkpoints_have_nothing_of_it(runs: Runs) -> None:
+    """Whoever loads one trains without it, however it was switched on."""
+    configurations = {
+        name: (runs.folder / name / "mca_config.json").read_text() for name in ("off", "on", "Megatron's field")
+    }
+    assert all("num_moe_experts" in text and "densemixer" not in text for text in configurations.values())
     assert runs.state("on").keys() == runs.state("off").keys()
-    on, off = ((runs.folder / name / "mca_config.json").read_text() for name in ("on", "off"))
-    assert "num_moe_experts" in on
-    assert "densemixer" not in on + off
+
+
+def test_two_switches_are_one_too_many(runs: Runs) -> None:
+    assert runs.report["both"]["error"] == (
+        "ValueError: use_densemixer is set, and so is moe_densemixer in additional_configs. Drop the latter."
+    )
 
 
 def test_metrics_are_in_the_log(runs: Runs) -> None:

@@ -7,6 +7,7 @@ mcore_adapter's is how a model comes from a checkpoint, and the loop around the 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments as Base
 
@@ -17,6 +18,7 @@ class Seq2SeqTrainingArguments(Base):
 
     expert_model_parallel_size: int | None = None
     sequence_packing: bool = False
+    additional_configs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 TrainingArguments = Seq2SeqTrainingArguments

@@ -33,12 +33,11 @@ class VirtualModels(list[Any]):
 
 class AutoConfig:
     @classmethod
-    def from_pretrained(cls, path: str, args: Any) -> str:
-        """The type of the model."""
+    def from_pretrained(cls, path: str, args: Any) -> dict[str, Any]:
+        """The type of the model, and what the YAML sets."""
         file = next(file for name in ("mca_config.json", "config.json") if (file := Path(path, name)).exists())
         values = json.loads(file.read_text())
-        kind: str = values.get("hf_model_type") or values["model_type"]
-        return kind
+        return {"hf_model_type": values.get("hf_model_type") or values["model_type"], **args.additional_configs}
 
 
 class AutoModel:
@@ -47,5 +46,5 @@ class AutoModel:
         return cls.from_config(AutoConfig.from_pretrained(path, args))
 
     @classmethod
-    def from_config(cls, config: str) -> VirtualModels:
-        return VirtualModels(small_models.build_stage(config_class=McaModelConfig, hf_model_type=config))
+    def from_config(cls, config: dict[str, Any]) -> VirtualModels:
+        return VirtualModels(small_models.build_stage(config_class=McaModelConfig, **config))

@@ -17,8 +17,12 @@ class McaTrainer:
 
     def train(self, checkpoint: str | None) -> Any:
         if any(parameter.requires_grad for _, parameter in self.model.named_parameters()):
-            (loss,) = training.train(self.model.get_models(), steps=1)["losses"]
-            self.log({"loss": loss})
+            wrapped, optimizer = training.wrap(self.model.get_models())
+            for chunk in wrapped:
+                chunk.zero_grad_buffer()
+            losses = training.forward_backward(wrapped)
+            optimizer.step()
+            self.log({"loss": torch.stack(losses).mean().item()})
         return SimpleNamespace(metrics={})
 
     def log(self, logs: dict[str, float]) -> None:
