@@ -71,9 +71,13 @@ def runs(request: pytest.FixtureRequest, llamafactory: LlamaFactory, tmp_path_fa
     folder = tmp_path_factory.mktemp("megatron")
     if request.param == "a stand-in":
         return train(llamafactory, folder, HERE / "stand_in", RUNS | {"frozen": frozen(llamafactory, folder)}, {})
+    return train(llamafactory, folder, checkout(), RUNS, REAL)
+
+
+def checkout() -> Path:
     if "ROLL_DIR" not in os.environ:
         pytest.skip("set ROLL_DIR to a checkout of github.com/alibaba/ROLL, which has mcore_adapter")
-    return train(llamafactory, folder, Path(os.environ["ROLL_DIR"], "mcore_adapter", "src"), RUNS, REAL)
+    return Path(os.environ["ROLL_DIR"], "mcore_adapter", "src")
 
 
 def frozen(llamafactory: LlamaFactory, folder: Path) -> dict[str, Any]:
@@ -84,13 +88,19 @@ def frozen(llamafactory: LlamaFactory, folder: Path) -> dict[str, Any]:
 
 
 def train(
-    llamafactory: LlamaFactory, folder: Path, adapter: Path, wanted: dict[str, Any], settings: dict[str, Any]
+    llamafactory: LlamaFactory,
+    folder: Path,
+    adapter: Path,
+    wanted: dict[str, Any],
+    settings: dict[str, Any],
+    ranks: int = 1,
 ) -> Runs:
     if not (is_installed("megatron-core") or "MEGATRON_CORE" in os.environ):
         pytest.skip("needs megatron-core, or MEGATRON_CORE, a folder with it; run `nox -s llamafactory`")
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llamafactory.model)
+    torch.manual_seed(0)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.mlp.gate.weight.normal_(std=0.2)
@@ -132,6 +142,7 @@ def train(
         HERE / "train_megatron.py",
         folder / "report.json",
         str(folder / "runs.json"),
+        ranks=ranks,
         PYTHONPATH=os.pathsep.join(str(path) for path in paths if str(path)),
         HUGGINGFACE_AUTOMAP_CACHE=str(folder / "cache"),
     )
@@ -214,3 +225,28 @@ def test_frozen_routers_are_one_warning_with_the_fix(runs: Runs) -> None:
     (warning,) = runs.report["frozen"]["warnings"]
     assert "nothing to train where the router is frozen" in warning
     assert warning.endswith("In the YAML, set freeze_language_model: false.")
+
+
+SIZES = {"expert": 1, "pipeline": 2}
+"""Ways to spread a model over two ranks, and the batches that each rank takes for two in one step."""
+
+
+@pytest.mark.parametrize("spread", SIZES)
+def test_two_ranks_train_as_one(llamafactory: LlamaFactory, tmp_path: Path, spread: str) -> None:
+    """With mcore_adapter alone."""
+    ways = {
+        1: {"gradient_accumulation_steps": 2},
+        2: {"gradient_accumulation_steps": SIZES[spread], f"{spread}_model_parallel_size": 2},
+    }
+    logs = []
+    for ranks, way in ways.items():
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        wanted = {"run": {**RUNS["on"], "max_steps": 2, **way}}
+        report = train(llamafactory, folder, checkout(), wanted, REAL, ranks).report["run"]
+        assert "error" not in report, report["error"]
+        logs.append([entry for entry in report["log"] if "loss" in entry])
+    names = ["loss", "grad_norm", *(name for name in logs[0][0] if name.startswith("densemixer/"))]
+    assert len(names) > 10
+    one, two = ([entry[name] for entry in log for name in names] for log in logs)
+    assert two == pytest.approx(one, rel=1e-4)

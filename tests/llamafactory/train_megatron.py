@@ -1,8 +1,9 @@
-"""Runs LLaMA-Factory's workflows for Megatron Core, one after the other, in this process. Usage:
-train_megatron.py REPORT RUNS, where RUNS is a JSON file: for each name the content of a YAML.
+"""Runs LLaMA-Factory's workflows for Megatron Core, one after the other, in this process or on the ranks of torchrun.
+Usage: train_megatron.py REPORT RUNS, where RUNS is a JSON file: for each name the content of a YAML.
 
-It takes ``mcore_adapter`` from where Python finds it: a checkout of it, or the stand-in. The report is JSON: for each
-run its log, or the error that stopped it, the warnings, and to how many layers of each model DenseMixer is attached.
+It takes ``mcore_adapter`` from where Python finds it: a checkout of it, or the stand-in. The report is JSON, of rank 0:
+for each run its log, or the error that stopped it, the warnings, and to how many layers of each model DenseMixer is
+attached.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import cpu
 import torch
 
-os.environ.update(USE_MCA="1", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+os.environ.update({"USE_MCA": "1", **ALONE, **os.environ})
 
 # Megatron seeds the GPU's generator, and keeps its states.
 torch.cuda.get_rng_state = lambda *args: torch.get_rng_state()
@@ -81,10 +83,15 @@ def _recorded(trainer: type, made: list[Any]) -> Any:
 
 
 def main(report: Path, runs: Path) -> None:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
+    if os.environ["WORLD_SIZE"] == "1":
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        parallel_state.initialize_model_parallel()
+    else:  # mcore_adapter makes the groups that the YAML asks for
+        dist.init_process_group("gloo")
     with cpu.CudaIsCpu():
-        report.write_text(json.dumps({name: run(each) for name, each in json.loads(runs.read_text()).items()}))
+        found = {name: run(each) for name, each in json.loads(runs.read_text()).items()}
+    if dist.get_rank() == 0:
+        report.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
