@@ -40,8 +40,6 @@ def patch_workflow(module: Any) -> None:
     """Attach DenseMixer to the models that LLaMA-Factory's workflows load, and log what their routers do."""
     for name in WORKFLOWS:
         wrap(module, name)(_run_workflow)
-    # A class of the workflow's own: whoever else loads models with mcore_adapter is left alone.
-    module.AutoModel = type("AutoModel", (module.AutoModel,), {})
     wrap(module.AutoModel, "from_pretrained")(_load_and_attach)
     wrap(module, "_freeze_model_parameters")(_freeze_and_warn)
     for trainer in (module.CustomMcaTrainer, module.McaDPOTrainer):

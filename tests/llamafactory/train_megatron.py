@@ -2,7 +2,7 @@
 Usage: train_megatron.py REPORT RUNS, where RUNS is a JSON file: for each name the content of a YAML.
 
 It takes ``mcore_adapter`` from where Python finds it: a checkout of it, or the stand-in. The report is JSON, of rank 0:
-for each run its log, or the error that stopped it, the warnings, and to how many layers of each model DenseMixer is
+for each run its log, or the error that stopped it, our messages, and to how many layers of each model DenseMixer is
 attached.
 """
 
@@ -32,9 +32,14 @@ from llamafactory.train import mca  # noqa: E402
 from llamafactory.train.mca import workflow  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.common.language_module.language_module import LanguageModule  # noqa: E402
+from transformers import modeling_utils  # noqa: E402
 
+from densemixer_adapters.environment import patch_modeling_utils  # noqa: E402
 from densemixer_adapters.megatron import attached_handle  # noqa: E402
 from densemixer_adapters.switch import wrap  # noqa: E402
+
+patch_modeling_utils(modeling_utils)  # as the start-up hook does it where the environment asks for DenseMixer
+logging.getLogger("densemixer").setLevel(logging.INFO)
 
 
 @wrap(LanguageModule, "compute_language_model_loss")
@@ -45,15 +50,15 @@ def compute_language_model_loss(original: Any, self: Any, labels: Any, logits: A
 
 def run(settings: dict[str, Any]) -> dict[str, Any]:
     """One workflow."""
-    warnings: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: warnings.append(record.getMessage())  # type: ignore[method-assign]
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("densemixer").addHandler(handler)
     os.environ.update(settings.pop("environment", {}))
     trainers: list[Any] = []
     for name in ("CustomMcaTrainer", "McaDPOTrainer"):
         setattr(workflow, name, _recorded(getattr(workflow, name), trainers))
-    found: dict[str, Any] = {"warnings": warnings}
+    found: dict[str, Any] = {"messages": messages}
     try:
         model_args, data_args, training_args, finetuning_args, _ = get_train_args(settings)
         getattr(mca, f"run_{finetuning_args.stage}")(model_args, data_args, training_args, finetuning_args, [])
