@@ -53,6 +53,14 @@ def install_editable(session: nox.Session) -> None:
     pip_install(session, "--no-deps", "--editable", str(ROOT))
 
 
+def megatron_beside(session: nox.Session) -> str:
+    """A folder with Megatron Core, for single tests: verl imports it in every process that finds it."""
+    folder = Path(session.virtualenv.location) / "megatron"
+    if not folder.exists():
+        pip_install(session, "--no-deps", "--target", str(folder), "megatron-core==0.16.1")
+    return str(folder)
+
+
 def install_deepspeed(session: nox.Session) -> None:
     """With the extension for CPUs in it, which each environment would compile anew when it is first used.
 
@@ -190,8 +198,9 @@ def llamafactory(session: nox.Session) -> None:
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
-    tests = tests_of("llamafactory", "train")
-    run_tests(session, *tests, "tests/boot", "tests/cli/test_doctor.py", "tests/open_instruct")
+    tests = tests_of("llamafactory", "train", "megatron")
+    others = ("tests/boot", "tests/cli/test_doctor.py", "tests/open_instruct")
+    run_tests(session, *tests, *others, env={"MEGATRON_CORE": megatron_beside(session)})
 
 
 @nox.session
@@ -201,12 +210,8 @@ def verl(session: nox.Session) -> None:
     install_editable(session)
     # Ray gives its own processes 15 seconds to start, without time for compiling them to bytecode.
     session.run("python", "-c", "import ray, verl.trainer.main_ppo, verl.workers.engine_workers; ray.init(num_cpus=1)")
-    # Beside it, for one test: verl imports it in every process that finds it.
-    megatron = Path(session.virtualenv.location) / "megatron"
-    if not megatron.exists():
-        pip_install(session, "--no-deps", "--target", str(megatron), "megatron-core==0.16.1")
     tests = [*tests_of("verl", "ppo", "sft"), "tests/open_instruct/test_ray.py"]
-    run_tests(session, *tests, env={"MEGATRON_CORE": str(megatron)})
+    run_tests(session, *tests, env={"MEGATRON_CORE": megatron_beside(session)})
 
 
 # The newest from 0.17 on wants Python 3.12, and the oldest has no build for it.

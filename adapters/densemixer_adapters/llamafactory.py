@@ -135,11 +135,13 @@ def _check_v0(arguments: Any) -> None:
     from llamafactory.extras.misc import is_env_enabled
     from llamafactory.model import loader
 
-    if is_env_enabled("USE_MCA"):
-        _refuse("USE_MCA=1 trains with Megatron Core, which doesn't load models from transformers", "unset USE_MCA")
     if arguments.use_hyper_parallel:
         _refuse("HyperParallel has its own parallel layers, and is untested", "drop use_hyper_parallel")
     _check_hook(loader.load_model, "llamafactory.model.loader.load_model")
+    if is_env_enabled("USE_MCA"):
+        from llamafactory.train.mca import workflow
+
+        _check_hook(workflow.run_sft, "llamafactory.train.mca.workflow.run_sft")
 
 
 def _check_v1(arguments: Any) -> None:

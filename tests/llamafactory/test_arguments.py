@@ -207,15 +207,6 @@ def test_only_the_model_to_be_trained_is_touched(arguments: dict[str, Any]) -> N
     assert not attached_layers(create_ref_model(model_args, finetuning_args))
 
 
-def test_megatron_is_refused(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    from llamafactory.hparams import FinetuningArguments
-
-    monkeypatch.setenv("USE_MCA", "1")
-    with pytest.raises(ValueError, match=r"not supported here: USE_MCA=1 .* Either unset USE_MCA, or use_densemixer"):
-        FinetuningArguments(use_densemixer=True)
-    FinetuningArguments()
-
-
 def test_hyper_parallel_is_refused(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="drop use_hyper_parallel"):
         parse({**arguments, "use_hyper_parallel": True})

@@ -27,7 +27,12 @@ def build(**options: Any) -> Any:
     return model
 
 
-def build_stage(pattern: str | None = None, own_values: bool = False, **options: Any) -> list[Any]:
+def build_stage(
+    pattern: str | None = None,
+    own_values: bool = False,
+    config_class: type[TransformerConfig] = TransformerConfig,
+    **options: Any,
+) -> list[Any]:
     """This rank's part of a GPTModel or, with a ``pattern``, of a hybrid model: its chunks.
 
     Weights follow from their names, with layers and experts counted over all ranks.
@@ -35,11 +40,12 @@ def build_stage(pattern: str | None = None, own_values: bool = False, **options:
     Args:
         pattern: Of the layers: attention, ``*``, and experts, ``E``.
         own_values: Whether attention is replaced by what each token gives, which works under context parallelism too.
-        options: For ``TransformerConfig``.
+        config_class: The class of the configuration.
+        options: Of the configuration.
     """
     pipeline = parallel_state.get_pipeline_model_parallel_world_size()
     virtual = parallel_state.get_virtual_pipeline_model_parallel_world_size()
-    settings = TransformerConfig(
+    settings = config_class(
         **{
             "num_layers": len(pattern) if pattern else 2,
             "hidden_size": 32,

@@ -33,7 +33,7 @@ LAUNCHERS = {"llamafactory": ("llamafactory-cli", "torchrun")}
 """The commands that start a framework's processes, by its distribution."""
 TESTED = {"ms-swift": ("4.6.0",), "nemo-automodel": ("0.4.0", "0.7.0"), "torchtitan": ("0.3.0",), "veomni": ("0.1.12",)}
 """The distributions of frameworks that no extra of ours installs, and the versions that the tests run."""
-DISTRIBUTIONS = {"megatron": "megatron-core", "nemo_automodel": "nemo-automodel"}
+DISTRIBUTIONS = {"mcore_adapter": "mcore-adapter", "megatron": "megatron-core", "nemo_automodel": "nemo-automodel"}
 """The distribution that a framework's package comes from, where it has another name."""
 
 

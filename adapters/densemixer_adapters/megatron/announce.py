@@ -10,6 +10,7 @@ from densemixer_adapters.transformers.announce import announce as log_on_first_r
 
 logger = logging.getLogger("densemixer")
 
+_FIX = "Call requires_grad_(True) on the router after whatever froze it, e.g. a LoRA transform."
 _frozen_was_said = False
 
 
@@ -25,22 +26,30 @@ def announce(model: object, layers: Sequence[HostLayer], estimator: str) -> None
         f"DenseMixer is attached to {len(layers)} layers of this rank's part of {type(model).__name__}: estimator "
         f"{estimator}"
     )
-    _warn([layer for layer in layers if layer.router_is_frozen])
+    warn_of_frozen_routers(layers)
 
 
 def warn_of_frozen_router(layer: HostLayer) -> None:
     """Log one warning in this process, whichever layer comes first."""
     if not _frozen_was_said:
-        _warn([layer])
+        warn_of_frozen_routers([layer])
 
 
-def _warn(layers: Sequence[HostLayer]) -> None:
+def warn_of_frozen_routers(layers: Sequence[HostLayer], fix: str = _FIX) -> None:
+    """Log one warning for all of these layers whose router is frozen now.
+
+    Args:
+        layers: Those of this rank that DenseMixer is attached to.
+        fix: What to do about it in the framework at hand.
+    """
     global _frozen_was_said
-    if layers:
+    frozen = [layer for layer in layers if layer.router_is_frozen]
+    if frozen:
         _frozen_was_said = True
         logger.warning(
             "DenseMixer has nothing to train where the router is frozen: %s.router%s. Such a layer trains as without "
-            "DenseMixer. Call requires_grad_(True) on the router after whatever froze it, e.g. a LoRA transform.",
-            layers[0].name,
-            f" and {len(layers) - 1} more" if len(layers) > 1 else "",
+            "DenseMixer. %s",
+            frozen[0].name,
+            f" and {len(frozen) - 1} more" if len(frozen) > 1 else "",
+            fix,
         )
