@@ -215,7 +215,7 @@ def test_cost(large: Path, tokens: int, ratio: float, checkpointed: float) -> No
     assert exact["extra"] == layers * e * 6 * d * f
     assert round(exact["step_time"], 1) == ratio
     assert round(exact["step_time_checkpointed"], 1) == checkpointed
-    assert [setting["budget"] for setting in budgeted] == [1 / 4, 1 / 8, 1 / 16]
+    assert [setting["budget"] for setting in budgeted] == [1 / 8, 1 / 16, 1 / 32]
     for setting in budgeted:
         assert setting["extra"] == pytest.approx(layers * (setting["budget"] * (e - k) * 6 * d * f + e * 2 * d))
     for setting in found["settings"]:

@@ -22,6 +22,7 @@ from densemixer_adapters.transformers.host_layer import HostLayer
 from densemixer_adapters.transformers.layer_checks import LayerChecks
 from densemixer_adapters.transformers.parallel import local_weights, spread_of
 from densemixer_adapters.transformers.refuse import (
+    refuse_adapter_apart,
     refuse_forward,
     refuse_moved_hooks,
     refuse_scores,
@@ -168,6 +169,7 @@ class DenseMixerLayer(HostLayer):
         assert call.router_output is not None
         spec = self.spec
         scale = getattr(unwrap(call.router), spec.expert_scale) if spec.expert_scale else None
+        refuse_adapter_apart(self.name, call.experts, experts)
         weights, derivation = read_weights(experts, weight_names(experts), scale)
         call.spread = spread_of(weights.down, self.sharing)
         # By all ranks together, where transformers has spread them.

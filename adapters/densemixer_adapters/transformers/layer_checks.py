@@ -21,7 +21,7 @@ from densemixer_adapters.transformers.checks import (
     signature,
 )
 from densemixer_adapters.transformers.experts import ExpertsInput, rows, unwrap
-from densemixer_adapters.transformers.refuse import refuse_adapter_apart, refuse_freed_weights
+from densemixer_adapters.transformers.refuse import refuse_freed_weights
 from densemixer_adapters.transformers.routers import Router
 from densemixer_core import RoutingMismatchError, StackedExperts, check_routing, compute_dtype, routed_output
 from densemixer_core.routing import are_probabilities
@@ -120,7 +120,6 @@ class LayerChecks:
 
     def _check_output(self, call: Call, stacked: StackedExperts, given: ExpertsInput, output: Tensor) -> None:
         refuse_freed_weights(self._name, stacked.weights)
-        refuse_adapter_apart(self._name, call)
         if not comparable(call.block, call.experts):
             return
         derivation = stacked.derivation

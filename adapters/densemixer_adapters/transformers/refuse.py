@@ -157,9 +157,14 @@ def refuse_scores(name: str, scored: int, held: int, spec: Router) -> None:
         )
 
 
-def refuse_adapter_apart(name: str, call: Call) -> None:
-    """LoRA on experts that the running forward leaves to a kernel."""
-    if weight := adapter_apart(call.experts, call.inner[0]):
+def refuse_adapter_apart(name: str, outer: nn.Module, experts: nn.Module) -> None:
+    """LoRA on experts that the running forward leaves to a kernel.
+
+    Args:
+        outer: The experts in their wrappers.
+        experts: The host's own module, in its forward: PEFT takes its adapter out of the weights afterwards.
+    """
+    if weight := adapter_apart(outer, experts):
         raise UnsupportedModelError(
             f"{name}: PEFT's LoRA on `{weight}` of its experts isn't in that weight while they run, since a "
             "kernel computes it apart (ScatterMoE and SonicMoE of Axolotl do), so DenseMixer can't see it. Train "
