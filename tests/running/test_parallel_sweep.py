@@ -16,6 +16,7 @@ from typing import Any
 import matrix
 import matrix_table
 import pytest
+import ranks
 
 pytestmark = pytest.mark.skipif("PARALLEL_SWEEP" not in os.environ, reason="takes minutes; run `nox -s parallel_sweep`")
 
@@ -29,7 +30,7 @@ def report() -> dict[str, Any]:
     found = matrix.report_of("parallel_sweep", matrix.installed())
     found.parent.mkdir(parents=True, exist_ok=True)
     script = [sys.executable, str(matrix.HERE / "parallel_sweep.py"), str(found)]
-    done = subprocess.run(script, env=matrix.environment(), capture_output=True, text=True, timeout=1500)
+    done = subprocess.run(script, env=ranks.environment(), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return json.loads(found.read_text())
 
