@@ -45,6 +45,13 @@ def install(session: nox.Session, environment: str) -> None:
     pip_install(session, "-r", str(CI / "environments" / f"{environment}.txt"))
 
 
+def install_listed(session: nox.Session, environment: str) -> None:
+    """Nothing but what a pinned environment lists: what its packages require besides is for CUDA in part."""
+    session.chdir(ROOT)
+    pip_install(session, "torch==2.13.0")
+    pip_install(session, "--no-deps", "-r", str(CI / "environments" / f"{environment}.txt"))
+
+
 def install_wheel(session: nox.Session) -> None:
     pip_install(session, "--no-deps", "--force-reinstall", str(ROOT))
 
@@ -192,9 +199,7 @@ if not torch.cuda.is_available():
 @nox.session
 def llamafactory(session: nox.Session) -> None:
     """LLaMA-Factory, DeepSpeed, open-instruct's launcher, the start-up hook, and the command line."""
-    session.chdir(ROOT)
-    pip_install(session, "torch==2.13.0")
-    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "llamafactory.txt"))
+    install_listed(session, "llamafactory")
     install_deepspeed(session)
     install_editable(session)
     session.run("python", "-c", WITHOUT_CUDA)
@@ -270,10 +275,7 @@ def automodel(session: nox.Session, pins: str) -> None:
     if pins == "0.4.0":
         install(session, "verl")
         tests = ["tests/automodel/test_verl_engine.py", "tests/automodel/test_layers.py"]
-    session.chdir(ROOT)
-    pip_install(session, "torch==2.13.0")
-    # Without what it requires, which is for CUDA in part.
-    pip_install(session, "--no-deps", "-r", str(CI / "environments" / f"automodel-{pins}.txt"))
+    install_listed(session, f"automodel-{pins}")
     install_editable(session)
     run_tests(session, *tests)
 
@@ -281,9 +283,7 @@ def automodel(session: nox.Session, pins: str) -> None:
 @nox.session(default=False, tags=["more"])
 def axolotl(session: nox.Session) -> None:
     """Axolotl: `axolotl train` with the plugin, on the CPU."""
-    session.chdir(ROOT)
-    pip_install(session, "torch==2.13.0")
-    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "axolotl.txt"))
+    install_listed(session, "axolotl")
     install_editable(session)
     run_tests(session, "tests/axolotl")
 
@@ -291,9 +291,7 @@ def axolotl(session: nox.Session) -> None:
 @nox.session(default=False, tags=["more"])
 def swift(session: nox.Session) -> None:
     """ms-swift: `swift sft` and `swift rlhf`, on the CPU."""
-    session.chdir(ROOT)
-    pip_install(session, "torch==2.13.0")
-    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "swift.txt"))
+    install_listed(session, "swift")
     install_editable(session)
     run_tests(session, "tests/swift")
 
@@ -301,9 +299,7 @@ def swift(session: nox.Session) -> None:
 @nox.session(default=False, tags=["more"])
 def veomni(session: nox.Session) -> None:
     """VeOmni: its models on one, two and four processes, and verl's engine of it, on the CPU."""
-    session.chdir(ROOT)
-    pip_install(session, "torch==2.13.0")
-    pip_install(session, "--no-deps", "-r", str(CI / "environments" / "veomni.txt"))
+    install_listed(session, "veomni")
     install_editable(session)
     run_tests(session, "tests/veomni")
 
