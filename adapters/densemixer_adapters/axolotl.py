@@ -12,7 +12,6 @@ or that answer. `patch_densemixer_plugin` is called by the boot hook (`densemixe
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.environment import left_alone
-from densemixer_adapters.switch import read_switch, wrap
+from densemixer_adapters.switch import looks_like, read_switch, wrap
 from densemixer_adapters.transformers import UnsupportedModelError, attach
 from densemixer_adapters.transformers.announce import describe
 from densemixer_core import DenseMixerConfig
@@ -133,7 +132,7 @@ def refuse_misspelt_keys(cfg: Mapping[str, Any]) -> None:
         ValueError: A key looks like a misspelling of ours, or is what other frameworks call it.
     """
     for key in map(str, cfg):
-        if key != SWITCH and difflib.get_close_matches(key.lower(), [SWITCH, f"use_{SWITCH}"], cutoff=0.8):
+        if key != SWITCH and looks_like(key, SWITCH):
             raise ValueError(f"{key}: no such key; did you mean {SWITCH}?")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -93,3 +94,8 @@ def wrap(owner: Any, name: str) -> Callable[[Any], Any]:
 def is_wrapped(function: Any) -> bool:
     """Whether `wrap` has wrapped it, be it that others have wrapped it since: `functools.wraps` copies the mark."""
     return hasattr(function, "densemixer")
+
+
+def looks_like(key: object, ours: str) -> bool:
+    """Whether a key of somebody's configuration may be meant as ours, or is it: spelt nearly so, or with ``use_``."""
+    return bool(difflib.get_close_matches(str(key).lower(), [ours, f"use_{ours}"], cutoff=0.8))

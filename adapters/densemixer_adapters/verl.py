@@ -18,7 +18,6 @@ installed. Once is enough: whoever comes second finds the hook in place.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -26,7 +25,7 @@ from densemixer_adapters import _boot
 from densemixer_adapters.megatron import FLAG as MEGATRON_FLAG
 from densemixer_adapters.megatron import attached_handle as attached_megatron_handle
 from densemixer_adapters.megatron import wants_metrics
-from densemixer_adapters.switch import read_switch, wrap
+from densemixer_adapters.switch import looks_like, read_switch, wrap
 from densemixer_core import DenseMixerConfig
 
 KEY = "densemixer"
@@ -41,7 +40,7 @@ def read_options(override_config: Mapping[str, Any]) -> DenseMixerConfig | None:
         ValueError: Our key's value or an option is wrong, or a key looks like a misspelling of ours.
     """
     for key in (key for place in _places(override_config) for key in place):
-        if key != KEY and _looks_like_our_key(key):
+        if key != KEY and looks_like(key, KEY):
             raise ValueError(f"override_config.{key}: no such key; did you mean {SWITCH}?")
     return read_switch(SWITCH, _value(override_config))
 
@@ -67,7 +66,7 @@ def _misplaced(options: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
         here = (*path, str(key))
         if key == MEGATRON_FLAG and path and path[-1] == "override_transformer_config":
             continue
-        if _looks_like_our_key(key) and "override_config" not in path[-2:]:
+        if looks_like(key, KEY) and "override_config" not in path[-2:]:
             yield ".".join(here)
         yield from _misplaced(value, here)
 
@@ -83,7 +82,7 @@ def patch_model_config(module: Any) -> None:
 
     @wrap(module.HFModelConfig, "__init__")
     def __init__(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        for key in filter(_looks_like_our_key, kwargs):
+        for key in (key for key in kwargs if looks_like(key, KEY)):
             raise ValueError(f"model.{key}: no such key; did you mean model.{SWITCH}?")
         original(self, *args, **kwargs)
 
@@ -142,10 +141,6 @@ def patch_training_worker(module: Any) -> None:
         if measured and not forward_only:
             result.set_non_tensor("metrics", {**result["metrics"], **measured})
         return result
-
-
-def _looks_like_our_key(key: Any) -> bool:
-    return bool(difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8))
 
 
 def options_of(model_config: Any) -> DenseMixerConfig | None:

@@ -11,7 +11,6 @@ its module was imported.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -21,7 +20,7 @@ from torch import nn
 from densemixer_adapters._boot import ENABLED
 from densemixer_adapters.automodel.attach import apply_densemixer, find_blocks
 from densemixer_adapters.environment import is_on, left_alone
-from densemixer_adapters.switch import read_switch, wrap
+from densemixer_adapters.switch import looks_like, read_switch, wrap
 from densemixer_adapters.transformers.announce import warn
 
 KEY = "densemixer"
@@ -48,19 +47,15 @@ def patch_arg_parser(module: Any) -> None:
 def _misplaced(section: Any, path: str = "") -> Iterator[str]:
     """The paths of what looks like our key in a section that is no argument of anything."""
     for key, value in section.items() if isinstance(section, Mapping) else ():
-        if not _looks_like_our_key(key):
+        if not looks_like(key, KEY):
             yield from _misplaced(value, f"{path}{key}.")
         elif "_target_" not in section:
             yield f"{path}{key}"
 
 
-def _looks_like_our_key(key: Any) -> bool:
-    return bool(difflib.get_close_matches(str(key).lower(), [KEY, f"use_{KEY}"], cutoff=0.8))
-
-
 def _build_and_attach(build: Any, cls: type, *args: Any, **kwargs: Any) -> Any:
     for key in kwargs:
-        if key != KEY and _looks_like_our_key(key):
+        if key != KEY and looks_like(key, KEY):
             raise ValueError(f"model.{key}: no such key; did you mean {SWITCH}?")
     value = kwargs.pop(KEY, None)
     if not isinstance(value, Mapping) and hasattr(value, "to_dict"):  # a section of Automodel's YAML
