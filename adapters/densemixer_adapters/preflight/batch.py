@@ -1,0 +1,62 @@
+"""The data that a preflight looks at."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from densemixer_adapters.metrics.drift import without_loss
+
+IGNORED = -100
+"""The label of a token that isn't to be predicted, as everywhere."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one step would train on.
+
+    Attributes:
+        arguments: What the model is called with.
+        labels: [sequences, tokens].
+        mask: Which tokens are no padding, [sequences · tokens]; None for all.
+        predicted: The number of tokens that are to be predicted.
+    """
+
+    arguments: dict[str, Any]
+    labels: Tensor
+    mask: Tensor | None
+    predicted: int
+
+    @classmethod
+    def of(cls, model: nn.Module, given: Mapping[str, Any]) -> Batch:
+        """From what a training loop calls a language model with.
+
+        Raises:
+            ValueError: It has no ``input_ids``, or nothing to predict.
+        """
+        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise ValueError("preflight: a batch is a mapping with `input_ids` of [sequences, tokens]")
+        labels = given.get("labels")
+        padded = isinstance(mask, Tensor) and mask.dim() == 2
+        if labels is None:
+            labels = ids.masked_fill(mask == 0, IGNORED) if padded else ids
+        predicted = int((labels[:, 1:] != IGNORED).sum())
+        if not predicted:
+            raise ValueError("preflight: a batch has no token to predict: its labels are all -100")
+        return cls(without_loss(model, given), labels, mask.flatten().bool() if padded else None, predicted)
+
+    def loss(self, model: nn.Module) -> Tensor:
+        """The sum over the tokens that are to be predicted, in nats; no balancing loss.
+
+        A sum, since the gradients of a mean over thousands of tokens would be below what float16 can tell from zero.
+        """
+        logits = model(**self.arguments).logits[:, :-1].flatten(0, 1)
+        labels = self.labels[:, 1:].flatten().to(logits.device)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
