@@ -81,60 +81,61 @@ def test_the_same_data_agrees_with_itself() -> None:
 # What swaps gain.
 
 
-def swap_by_degrees(family: Family, model: nn.Module, ids: Tensor, layer: int, share: float) -> list[list[float]]:
-    """The loss for each token but the last and each expert, if it gets that share of the weakest selected one's place.
-
-    Infinite for selected experts. ``ids`` is one sequence.
-    """
-    block: Any = family.blocks(model)[layer]
+def routed(model: nn.Module, block: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    """What the experts of a block are called with."""
     inputs: list[tuple[Tensor, ...]] = []
     hook = block.experts.register_forward_pre_hook(lambda module, args: inputs.append(args))
-    loss_of(model, ids[None])
+    model(input_ids=ids)
     hook.remove()
-    x, index, _ = inputs[0]
-    p = family.score(family.logits(block, x.reshape(-1, x.shape[-1])))
-    losses = []
-    for token in range(len(ids) - 1):
-        losses.append([math.inf] * p.shape[-1])
-        for j in {*range(p.shape[-1])} - {*index[token].tolist()}:
-            chosen = index[token].tolist()
-            mass = [p[token, i] for i in chosen]
-            weakest = min(range(len(chosen)), key=lambda i: mass[i])
-            chosen.append(j)
-            mass.append(share * p[token, j])
-            mass[weakest] = (1 - share) * mass[weakest]
-            total = sum(mass) if family.renormalised else 1
-            weights = torch.stack([family.scaling * part / total for part in mass])
+    return inputs[0]
 
-            def force(
-                module: Any, args: tuple[Tensor, ...], token: int = token, j: int = j, weights: Tensor = weights
-            ) -> tuple[Tensor, ...]:
-                x, index, given = args
-                index, given = torch.cat([index, index[:, :1]], 1), torch.cat([given, 0 * given[:, :1]], 1)
-                index[token, -1], given[token] = j, weights
-                return x, index, given
 
-            hook = block.experts.register_forward_pre_hook(force)
-            losses[-1][j] = float(loss_of(model, ids[None]))
-            hook.remove()
-    return losses
+def losses_of_swaps(
+    family: Family, model: nn.Module, block: Any, ids: Tensor, pairs: list[tuple[int, int]], share: float
+) -> Tensor:
+    """The loss of a sequence for each pair of a token and an expert that gets that share of the weakest's place."""
+    _, index, _ = routed(model, block, ids[None])
+    p = scores_of(family, model, block, ids)
+    forced = []
+    for token, j in pairs:
+        chosen = index[token]
+        mass = p[token, chosen]
+        mass = torch.where(mass == mass.min(), (1 - share) * mass, mass)
+        mass = torch.cat([mass, share * p[token, [j]]])
+        forced.append(family.scaling * mass / (mass.sum() if family.renormalised else 1))
+
+    def force(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x, index, given = args
+        index, given = torch.cat([index, index[:, :1]], 1), torch.cat([given, 0 * given[:, :1]], 1)
+        for row, ((token, j), weights) in enumerate(zip(pairs, forced, strict=True)):
+            index[row * len(ids) + token, -1], given[row * len(ids) + token] = j, weights
+        return x, index, given
+
+    hook = block.experts.register_forward_pre_hook(force)
+    logits = model(input_ids=ids.expand(len(pairs), -1)).logits
+    hook.remove()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[1:].repeat(len(pairs)), reduction="none")
+    return losses.view(len(pairs), -1).mean(1)
+
+
+def scores_of(family: Family, model: nn.Module, block: Any, ids: Tensor) -> Tensor:
+    x = routed(model, block, ids[None])[0]
+    return family.score(family.logits(block, x.reshape(-1, x.shape[-1])))
 
 
 @torch.no_grad()
 def forced_gains(family: Family, model: nn.Module, ids: Tensor, layer: int) -> tuple[float, float]:
     """Nats for each token of one sequence: of the best swaps, and of those with the strongest unselected expert."""
-    share = 1e-4
-    up, down = (torch.tensor(swap_by_degrees(family, model, ids, layer, s)) for s in (share, -share))
-    falls = -(up - down) / (2 * share)  # NaN where an expert is selected
     block: Any = family.blocks(model)[layer]
-    inputs: list[Tensor] = []
-    hook = block.experts.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    loss_of(model, ids[None])
-    hook.remove()
-    p = family.score(family.logits(block, inputs[0].reshape(-1, inputs[0].shape[-1])))[:-1]
-    following = p.masked_fill(falls.isnan(), -1).argmax(-1, keepdim=True)
-    best = falls.nan_to_num(-math.inf).amax(-1).clamp(min=0).sum()
-    return float(best), float(falls.gather(-1, following).clamp(min=0).sum())
+    _, index, _ = routed(model, block, ids[None])
+    p = scores_of(family, model, block, ids)
+    pairs = [(t, j) for t in range(len(ids)) for j in range(p.shape[-1]) if j not in index[t]]
+    share = 1e-4
+    up, down = (losses_of_swaps(family, model, block, ids, pairs, s) for s in (share, -share))
+    falls = (-(up - down) / (2 * share)).view(len(ids), -1)
+    others = torch.tensor([j for _, j in pairs]).view(len(ids), -1)
+    following = p.gather(-1, others).argmax(-1, keepdim=True)
+    return float(falls.amax(-1).clamp(min=0).sum()), float(falls.gather(-1, following).clamp(min=0).sum())
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe-not-renormalised", "deepseek_v3", "gpt_oss"])
@@ -231,7 +232,7 @@ def test_rounding_swallows_what_it_swallows_in_a_step(rate: float) -> None:
             optimizer.step()
             lost.after_step()
             assert lost.measure()["updates_lost"] == found.estimators[estimator].lost
-    assert (found.estimators["centered"].lost.whole == 1) == (rate == 1e-5)
+    assert (found.estimators["centered"].lost.whole > 0.9) == (rate < 1e-4)
 
 
 def test_an_update_that_is_rounded_away_moves_nothing() -> None:
@@ -240,7 +241,7 @@ def test_an_update_that_is_rounded_away_moves_nothing() -> None:
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert wide.estimators["centered"].change.whole > 0.02
-    assert wide.estimators["centered"].lost.whole == 0
+    assert wide.estimators["centered"].lost.whole < 0.01
     assert half.estimators["centered"].change.whole < 0.1 * wide.estimators["centered"].change.whole
     assert "rounding swallows " in half.verdict.text
 
@@ -296,7 +297,7 @@ def test_nothing_is_changed_by_a_failure() -> None:
 def same(one: Preflight, other: Preflight) -> None:
     assert one.best_swap.layers == pytest.approx(other.best_swap.layers, rel=1e-4)
     assert one.margins[1] == pytest.approx(other.margins[1], rel=1e-4)
-    assert one.at_most == pytest.approx(other.at_most)
+    assert one.at_most.layers == pytest.approx(other.at_most.layers)
     for name, result in one.estimators.items():
         assert result.agreement.layers == pytest.approx(other.estimators[name].agreement.layers, rel=1e-3)
         assert result.change.layers == pytest.approx(other.estimators[name].change.layers, abs=0.02)
