@@ -83,9 +83,9 @@ def test_as_json(checkpoint: Path, text: Path) -> None:
 
 def test_the_dtype_that_rounds(checkpoint: Path, text: Path) -> None:
     report = found(checkpoint, text, "--dtype", "bfloat16", "--learning-rate", 1e-6)
-    assert report["estimators"]["densemixer"]["lost"] == {"layers": [1, 1], "whole": 1}
+    assert 0.99 < report["estimators"]["densemixer"]["lost"]["whole"] <= 1
     assert report["verdict"]["works"] is False
-    assert "rounding swallows 100.0 % of their updates" in report["verdict"]["text"]
+    assert "; rounding swallows 99.9 % of their updates" in report["verdict"]["text"]
 
 
 def test_an_adapter_whose_routers_are_frozen(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -194,9 +194,16 @@ def test_no_weights(tmp_path: Path, text: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [("--dtype", "int8"), ("--batches", 3), ("--learning-rate", 0), ("--steps", 0), ("--device", "nowhere")]
+    ("option", "value", "message"),
+    [
+        ("--dtype", "int8", "got 'int8'"),
+        ("--batches", 3, "must be even"),
+        ("--learning-rate", 0, "must be above 0"),
+        ("--steps", 0, "'--steps'"),
+        ("--device", "nowhere", "nowhere"),
+    ],
 )
-def test_options_that_are_wrong(wrong: tuple[object, ...], checkpoint: Path, text: Path) -> None:
-    done = preflight(checkpoint, text, *SMALL, *wrong)
+def test_options_that_are_wrong(option: str, value: object, message: str, checkpoint: Path, text: Path) -> None:
+    done = preflight(checkpoint, text, *SMALL, option, value)
     assert done.exit_code == 2
-    assert str(wrong[1]) in done.stderr
+    assert message in done.stderr

@@ -47,15 +47,16 @@ def router_gradient(family: Family, model: nn.Module, ids: Tensor, estimator: st
     return [torch.cat([p.grad.flatten() for p in router.parameters()]) for router in routers(family, truth)]
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe-not-renormalised", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_moe-not-renormalised", "gpt_oss"])
 def test_halves_agree_as_the_gradients_of_the_oracle(name: str) -> None:
     family = FAMILIES[name]
     with oracle.Float64():
         model = family.build("eager").double()
-        found = preflight(model, batches())
+        data = batches(4, 2, 8)
+        found = preflight(model, data, steps=1)
         assert (len(found.estimators) == 3) == family.renormalised
         for estimator, result in found.estimators.items():
-            by_batch = [router_gradient(family, model, batch["input_ids"], estimator) for batch in batches()]
+            by_batch = [router_gradient(family, model, batch["input_ids"], estimator) for batch in data]
             rows = [torch.stack(layer) for layer in zip(*by_batch, strict=True)]
             rows.append(torch.cat(rows, 1))
             cosines = [
@@ -67,7 +68,7 @@ def test_halves_agree_as_the_gradients_of_the_oracle(name: str) -> None:
             assert [*result.agreement.layers, result.agreement.whole] == expected, estimator
             square = sum(gradient.square().sum() for gradient in rows[-1]) / 4
             signal = sum(a @ b for a, b in itertools.combinations(rows[-1], 2)) / 6
-            noise = float(44 * (square - signal) / signal) if signal > 0 else math.inf
+            noise = float(14 * (square - signal) / signal) if signal > 0 else math.inf
             assert result.noise_tokens == pytest.approx(noise, rel=1e-6)
 
 
@@ -184,18 +185,23 @@ def train(model: nn.Module, data: list[dict[str, Tensor]], steps: int, rate: flo
             optimizer.step()
 
 
-@pytest.mark.parametrize("estimator", ["conventional", "densemixer", "centered"])
-@pytest.mark.parametrize(("steps", "rate"), [(12, 0.003), (96, 0.0003), (8, 1e-7)])
-def test_a_training_changes_as_many_choices(steps: int, rate: float, estimator: str) -> None:
-    model, data = QWEN.build(), batches(4, 8)
-    found = preflight(model, data, steps=steps, learning_rate=rate)
-    before = choices(QWEN, model, data)
-    train(model, data, steps, rate, estimator)
-    truth = changed(before, choices(QWEN, model, data))
-    for layer, share in enumerate(truth):
-        assert found.estimators[estimator].change.layers[layer] == pytest.approx(share, rel=0.5)
-    assert truth[0] <= found.at_most.layers[0]  # which knows nothing of what the layers below do
-    assert (rate > 1e-6) == (sum(truth) > 0.02)
+@pytest.mark.parametrize(
+    ("steps", "rate", "estimators"),
+    [(12, 3e-3, ["conventional", "densemixer", "centered"]), (80, 3e-4, ["centered"]), (8, 1e-7, ["densemixer"])],
+)
+def test_a_training_changes_as_many_choices(steps: int, rate: float, estimators: list[str]) -> None:
+    """Half as many to one and a half times as many."""
+    data = batches(2, 8)
+    found = preflight(QWEN.build(), data, steps=steps, learning_rate=rate)
+    before = choices(QWEN, QWEN.build(), data)
+    for estimator in estimators:
+        result, model = found.estimators[estimator], QWEN.build()
+        train(model, data, steps, rate, estimator)
+        truth = changed(before, choices(QWEN, model, data))
+        for layer, share in enumerate(truth):
+            assert result.change.layers[layer] == pytest.approx(share, rel=0.5)
+        assert truth[0] <= found.at_most.layers[0]  # which knows nothing of what the layers below do
+        assert (rate > 1e-6) == (sum(truth) > 0.02)
     assert (found.verdict.works is False) == (rate < 1e-6)
     if rate < 1e-6:
         assert found.at_most.whole < 0.01
@@ -204,7 +210,7 @@ def test_a_training_changes_as_many_choices(steps: int, rate: float, estimator: 
 
 def test_noise_changes_as_many_choices() -> None:
     """Of the first layer, whose router walks at random."""
-    model, data, steps, rate = QWEN.build(), batches(2, 8), 100, 0.002
+    model, data, steps, rate = QWEN.build(), batches(2, 8), 25, 0.004
     found = preflight(model, data, steps=steps, learning_rate=rate)
     before, weight = choices(QWEN, model, data), routers(QWEN, model)[0].weight
     start, shares = weight.detach().clone(), []
@@ -237,17 +243,17 @@ def test_rounding_swallows_what_it_swallows_in_a_step(rate: float) -> None:
 
 def test_an_update_that_is_rounded_away_moves_nothing() -> None:
     wide, half = (
-        preflight(QWEN.build().to(dtype), batches(), steps=1000, learning_rate=2e-5)
+        preflight(QWEN.build().to(dtype), batches(2), steps=1000, learning_rate=2e-5)
         for dtype in (torch.float32, torch.bfloat16)
     )
     assert wide.estimators["centered"].change.whole > 0.02
     assert wide.estimators["centered"].lost.whole < 0.01
-    assert half.estimators["centered"].change.whole < 0.1 * wide.estimators["centered"].change.whole
+    assert half.estimators["centered"].change.whole < 0.25 * wide.estimators["centered"].change.whole
     assert "rounding swallows " in half.verdict.text
 
 
 def test_where_a_bias_selects_there_is_no_bound() -> None:
-    found = preflight(FAMILIES["deepseek_v3"].build(), batches(), steps=100, learning_rate=1e-3)
+    found = preflight(FAMILIES["deepseek_v3"].build(), batches(2), steps=10, learning_rate=1e-2)
     assert math.isnan(found.at_most.whole)
     assert math.isnan(found.margins[0][0])
     assert 0 < found.estimators["centered"].change.whole < 1
@@ -282,7 +288,7 @@ def test_nothing_is_changed(dtype: torch.dtype) -> None:
     model.model.layers[1].eval()
     model.lm_head.requires_grad_(False)
     with unchanged(model):
-        found = preflight(model, batches(), learning_rate=1e-3)
+        found = preflight(model, batches(2), steps=4)
     assert found.best_swap.whole > 0
     assert all(math.isfinite(one.agreement.whole) for one in found.estimators.values())
 
@@ -292,6 +298,10 @@ def test_nothing_is_changed_by_a_failure() -> None:
     data[3]["input_ids"] = data[3]["input_ids"] + 1000  # beyond the vocabulary
     with unchanged(model), pytest.raises(IndexError):
         preflight(model, data)
+
+
+def look(model: nn.Module, data: list[dict[str, Tensor]]) -> Preflight:
+    return preflight(model, data, steps=8, learning_rate=0.005)
 
 
 def same(one: Preflight, other: Preflight) -> None:
@@ -305,25 +315,26 @@ def same(one: Preflight, other: Preflight) -> None:
 
 def test_padding_does_not_count() -> None:
     padded = []
-    for batch in batches():
+    for batch in batches(2):
         ids = F.pad(batch["input_ids"], (0, 5))
         padded.append({"input_ids": ids, "attention_mask": (ids != 0).long()})
-    same(preflight(QWEN.build(), padded, learning_rate=1e-4), preflight(QWEN.build(), batches(), learning_rate=1e-4))
+    same(look(QWEN.build(), padded), look(QWEN.build(), batches(2)))
 
 
 def test_labels_say_what_is_predicted() -> None:
-    labelled = [{**batch, "labels": batch["input_ids"].clone()} for batch in batches()]
-    same(preflight(QWEN.build(), labelled), preflight(QWEN.build(), batches()))
+    plain = look(QWEN.build(), batches(2))
+    labelled = [{**batch, "labels": batch["input_ids"].clone()} for batch in batches(2)]
+    same(look(QWEN.build(), labelled), plain)
     for batch in labelled:
         batch["labels"][:, :8] = -100
-    found = preflight(QWEN.build(), labelled)
+    found = look(QWEN.build(), labelled)
     assert found.tokens == 4 * 4
-    assert found.estimators["centered"].agreement != preflight(QWEN.build(), batches()).estimators["centered"].agreement
+    assert found.estimators["centered"].agreement != plain.estimators["centered"].agreement
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family(name: str) -> None:
-    found = preflight(FAMILIES[name].build(), batches(2), learning_rate=1e-3)
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe"])
+def test_other_families(name: str) -> None:
+    found = look(FAMILIES[name].build(), batches(2))
     assert all(0 < one.change.whole < 1 for one in found.estimators.values())
     assert found.verdict.text
 
@@ -334,11 +345,11 @@ def test_every_family(name: str) -> None:
 def test_lora_leaves_routers_frozen() -> None:
     model = get_peft_model(QWEN.build(), LoraConfig(r=4, target_modules=["o_proj"]))
     with unchanged(model):
-        found = preflight(model, batches())
+        found = look(model, batches(2))
     assert found.frozen
     assert found.verdict.works is False
     assert found.verdict.text.startswith("all routers are frozen, so none of them would train")
-    same(found, preflight(QWEN.build(), batches()))  # what would be
+    same(found, look(QWEN.build(), batches(2)))  # what would be
 
 
 @pytest.mark.parametrize("router", ["modules_to_save", "target_parameters"])
@@ -347,7 +358,7 @@ def test_lora_that_trains_routers(router: str) -> None:
     config = LoraConfig(r=4, target_modules=["o_proj"], init_lora_weights=False, **{router: options[router]})
     model = get_peft_model(QWEN.build(), config)
     with unchanged(model):
-        found = preflight(model, batches(), learning_rate=1e-3)
+        found = look(model, batches(2))
     assert not found.frozen
     assert 0.01 < found.estimators["centered"].change.whole < 1
     # An adapter doesn't move as the weight does.
@@ -357,7 +368,7 @@ def test_lora_that_trains_routers(router: str) -> None:
 def test_one_frozen_router() -> None:
     model: Any = QWEN.build()
     model.model.layers[0].mlp.gate.requires_grad_(False)
-    found = preflight(model, batches(), learning_rate=1e-3)
+    found = look(model, batches(2))
     assert found.trained == [False, True]
     assert [math.isnan(value) for value in found.at_most.layers] == [True, False]
     assert found.estimators["centered"].change.layers[0] == 0

@@ -138,9 +138,17 @@ def _base_of(checkpoint: str) -> str:
 
 
 def _tokenizer(checkpoint: str) -> Any:
+    """A tokenizer with a vocabulary.
+
+    Raises:
+        ValueError: There are no files of one. Then transformers makes one that knows nothing.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    if {*tokenizer("A text.", add_special_tokens=False)["input_ids"]} <= {*tokenizer.all_special_ids}:
+        raise ValueError("there are no files with its vocabulary")
+    return tokenizer
 
 
 def _model(base: str, adapter: str | None, dtype: str | None, device: str | None) -> Any:

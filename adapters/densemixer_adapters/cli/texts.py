@@ -53,7 +53,7 @@ def batches_of(data: Path, tokenizer: Any, count: int, sequences: int, length: i
         )
     rows = torch.tensor(ids[:needed]).view(-1, length)
     rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
-    return [{"input_ids": batch} for batch in rows.split(sequences)]
+    return [{"input_ids": batch} for batch in rows.chunk(count)]
 
 
 def _read(data: Path) -> Iterator[Any]:

@@ -39,17 +39,17 @@ class Batch:
         Raises:
             ValueError: It has no ``input_ids``, or nothing to predict.
         """
-        ids, mask = given.get("input_ids"), given.get("attention_mask")
+        ids, given_mask = given.get("input_ids"), given.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise ValueError("preflight: a batch is a mapping with `input_ids` of [sequences, tokens]")
+        mask = given_mask.bool() if isinstance(given_mask, Tensor) and given_mask.dim() == 2 else None
         labels = given.get("labels")
-        padded = isinstance(mask, Tensor) and mask.dim() == 2
         if labels is None:
-            labels = ids.masked_fill(mask == 0, IGNORED) if padded else ids
+            labels = ids if mask is None else ids.masked_fill(~mask, IGNORED)
         predicted = int((labels[:, 1:] != IGNORED).sum())
         if not predicted:
             raise ValueError("preflight: a batch has no token to predict: its labels are all -100")
-        return cls(without_loss(model, given), labels, mask.flatten().bool() if padded else None, predicted)
+        return cls(without_loss(model, given), labels, None if mask is None else mask.flatten(), predicted)
 
     def loss(self, model: nn.Module) -> Tensor:
         """The sum over the tokens that are to be predicted, in nats; no balancing loss.

@@ -68,7 +68,7 @@ def judge(
         return Verdict(
             None,
             f"routers would move the routing, but these batches show no signal that would: {moved}, and the gradient "
-            f"of {name} has a cosine of {agreement:.2f} between halves of them; {_needed(found.noise_tokens, tokens)}",
+            f"of {name} has a cosine of {agreement:.2f} between halves of them; {_needed(found.noise_tokens, tokens)}{rounding}",
         )
     signal = f"the gradient of {name} has a cosine of {agreement:.2f} between halves of the data"
     if best_swap.whole < GAIN_THRESHOLD:
