@@ -51,7 +51,7 @@ def judge(
     found = estimators[name]
     change, agreement, lost = found.change.whole, found.agreement.whole, found.lost.whole
     run = f"{steps} steps at {learning_rate:g}"
-    rounding = f"; rounding swallows {percent(lost)} of their updates" if lost > 0.5 else ""
+    rounding = f", with {percent(lost)} of their updates lost to rounding" if lost > 0.5 else ""
     bound = "" if math.isnan(at_most.whole) else f", at most {percent(at_most.whole)}"
     if at_most.whole < CHANGE_THRESHOLD:
         return Verdict(
@@ -61,26 +61,26 @@ def judge(
         return Verdict(
             False, f"routers would leave the routing as it is: {run} change about {percent(change)}{bound}{rounding}"
         )
-    moved = f"{run} would change about {percent(change)} of the choices{bound}"
+    moved = f"{run} would change about {percent(change)} of the choices{bound}{rounding}"
     if change < CHANGE_THRESHOLD:
-        return Verdict(None, f"routers would hardly move the routing: {moved}{rounding}")
+        return Verdict(None, f"routers would hardly move the routing: {moved}")
     if not agreement >= AGREEMENT_THRESHOLD:
         return Verdict(
             None,
             f"routers would move the routing, but these batches show no signal that would: {moved}, and the gradient "
-            f"of {name} has a cosine of {agreement:.2f} between halves of them; {_needed(found.noise_tokens, tokens)}{rounding}",
+            f"of {name} has a cosine of {agreement:.2f} between halves of them; {_needed(found.noise_tokens, tokens)}",
         )
     signal = f"the gradient of {name} has a cosine of {agreement:.2f} between halves of the data"
     if best_swap.whole < GAIN_THRESHOLD:
         return Verdict(
             None,
             f"routers would move the routing, with little to win: {moved}, {signal}, but the best swaps would gain "
-            f"{best_swap.whole:.3g} nats a token even in hindsight{rounding}",
+            f"{best_swap.whole:.3g} nats a token even in hindsight",
         )
     return Verdict(
         True,
         f"routers would move the routing, by a signal: {moved}, {signal}, and the best swaps would gain "
-        f"{best_swap.whole:.3g} nats a token in hindsight{rounding}; {MAYBE}",
+        f"{best_swap.whole:.3g} nats a token in hindsight; {MAYBE}",
     )
 
 
