@@ -412,6 +412,12 @@ def test_what_cannot_be_looked_at(data: Any, options: dict[str, Any], message: s
         preflight(QWEN.build(), data, **options)
 
 
+def test_a_model_that_predicts_no_tokens() -> None:
+    model: Any = QWEN.build()
+    with pytest.raises(ValueError, match="Qwen3MoeModel returns no logits of the next token"):
+        preflight(model.model, batches(2))
+
+
 def test_densemixer_is_attached_already() -> None:
     model = QWEN.build()
     with apply_densemixer(model), pytest.raises(RuntimeError, match="attached already"):

@@ -108,7 +108,8 @@ class RoutingDrift:
 def without_loss(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """What a model is called with, for its outputs alone: neither a loss nor a cache is made."""
     found = {name: value for name, value in arguments.items() if name not in _FOR_THE_LOSS}
-    if hasattr(getattr(model, "config", None), "use_cache"):
+    config = getattr(model, "config", None)
+    if hasattr(getattr(config, "get_text_config", lambda: config)(), "use_cache"):
         found["use_cache"] = False
     return found
 

@@ -55,8 +55,16 @@ class Batch:
         """The sum over the tokens that are to be predicted, in nats; no balancing loss.
 
         A sum, since the gradients of a mean over thousands of tokens would be below what float16 can tell from zero.
+
+        Raises:
+            ValueError: The model is no causal language model.
         """
-        logits = model(**self.arguments).logits[:, :-1].flatten(0, 1)
+        logits = getattr(model(**self.arguments), "logits", None)
+        if logits is None or logits.shape[:2] != self.labels.shape:
+            raise ValueError(
+                f"preflight: {type(model).__name__} returns no logits of the next token for each of a batch, as a "
+                "causal language model does"
+            )
+        wide = logits[:, :-1].flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         labels = self.labels[:, 1:].flatten().to(logits.device)
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(wide, labels, ignore_index=IGNORED, reduction="sum")
