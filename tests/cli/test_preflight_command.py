@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from densemixer_adapters.cli.app import app
-from densemixer_adapters.cli.texts import batches_of
+from densemixer_adapters.cli.texts import UnusableDataError, batches_of
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
 TEXT = "Grüße: a router sends each token to the experts with the largest scores. " * 40
@@ -136,7 +136,7 @@ def test_texts_come_whole_and_one_after_the_other(tmp_path: Path, text: Path) ->
         ("data.txt", b"\xff\xfe", "isn't UTF-8"),
         ("data.jsonl", '{"text": "a"}\nno JSON', "data.jsonl, line 2: no JSON"),
         ("data.jsonl", '{"prompt": "a"}', "line 1: no object with a `text`, or with `messages`"),
-        ("data.jsonl", '{"messages": [1]}', "chat template can't use `messages`"),
+        ("data.jsonl", '{"messages": [1]}', "line 1: no object with a `text`, or with `messages`"),
     ],
 )
 def test_data_that_cannot_be_used(
@@ -148,6 +148,13 @@ def test_data_that_cannot_be_used(
     assert (done.exit_code, done.stdout) == (2, "")
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_messages_need_a_chat_template(tmp_path: Path) -> None:
+    tokenizer = tiny_models.byte_tokenizer(TEMPLATE)
+    tokenizer.chat_template = None
+    with pytest.raises(UnusableDataError, match="chat template can't use `messages`: "):
+        batches_of(written(tmp_path, {"messages": [{"role": "user", "content": "2+2?"}]}), tokenizer, 2, 1, 2)
 
 
 # Models.

@@ -58,33 +58,21 @@ def _tables(found: Preflight) -> tuple[Table, Table]:
     ]
     name = main_estimator(found.estimators)
     main = found.estimators[name]
-    by_layer = zip(
-        found.layers,
-        found.margins,
-        found.reach,
-        found.at_most.layers,
-        found.by_noise.layers,
-        main.change.layers,
-        main.agreement.layers,
-        found.best_swap.layers,
-        found.next_swap.layers,
-        strict=True,
-    )
+    shares = (found.at_most, found.by_noise, main.change)
+    gains = (found.best_swap, found.next_swap)
     layers = [
         (
             layer,
-            *(_number(margins[PERCENTILES.index(percentile)]) for percentile in (5, 50)),
-            *map(_number, reach),
-            *map(_percent, changes),
-            _number(cosine),
-            *map(_number, gains),
+            *(_number(found.margins[position][PERCENTILES.index(percentile)]) for percentile in (5, 50)),
+            *map(_number, found.reach[position]),
+            *(_percent(share.layers[position]) for share in shares),
+            _number(main.agreement.layers[position]),
+            *(_number(gain.layers[position]) for gain in gains),
         )
-        for layer, margins, reach, *changes, cosine, best, following in by_layer
-        for gains in [(best, following)]
+        for position, layer in enumerate(found.layers)
     ]
-    whole = ("all", "", "", "", "", *map(_percent, (found.at_most.whole, found.by_noise.whole, main.change.whole)))
-    gains = _number(found.best_swap.whole), _number(found.next_swap.whole)
-    layers.append((*whole, _number(main.agreement.whole), *gains))
+    whole = [*(_percent(share.whole) for share in shares), _number(main.agreement.whole)]
+    layers.append(("all", "", "", "", "", *whole, *(_number(gain.whole) for gain in gains)))
     return Table(ESTIMATORS, rows), Table([head.format(name=name) for head in LAYERS], layers)
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from densemixer_adapters.cli.printable import one_line
+
 _CHARACTERS = 1 << 16
 """Of a .txt file, that are read at a time."""
 
@@ -77,9 +79,13 @@ def _row(line: str, where: str) -> dict[str, Any]:
         row = json.loads(line)
     except (ValueError, RecursionError):
         raise UnusableDataError(f"{where}: no JSON") from None
-    if isinstance(row, dict) and (isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)):
+    if isinstance(row, dict) and (isinstance(row.get("text"), str) or _are_messages(row.get("messages"))):
         return row
     raise UnusableDataError(f"{where}: no object with a `text`, or with `messages`")
+
+
+def _are_messages(found: Any) -> bool:
+    return isinstance(found, list) and bool(found) and all(isinstance(one, dict) and "role" in one for one in found)
 
 
 def _tokens(text: Any, tokenizer: Any) -> list[int]:
@@ -92,4 +98,4 @@ def _tokens(text: Any, tokenizer: Any) -> list[int]:
     try:
         return list(tokenizer.apply_chat_template(text["messages"], tokenize=True, return_dict=False))
     except Exception as error:  # whatever a template raises
-        raise UnusableDataError(f"the tokenizer's chat template can't use `messages`: {error}") from None
+        raise UnusableDataError(f"the tokenizer's chat template can't use `messages`: {one_line(error)}") from None

@@ -23,7 +23,7 @@ class Batch:
     Attributes:
         arguments: What the model is called with.
         labels: [sequences, tokens].
-        mask: Which tokens are no padding, [sequences · tokens]; None for all.
+        mask: Which tokens are no padding, [sequences · tokens], on the CPU, for layers on any device; None for all.
         predicted: The number of tokens that are to be predicted.
     """
 
@@ -49,7 +49,7 @@ class Batch:
         predicted = int((labels[:, 1:] != IGNORED).sum())
         if not predicted:
             raise ValueError("preflight: a batch has no token to predict: its labels are all -100")
-        return cls(without_loss(model, given), labels, None if mask is None else mask.flatten(), predicted)
+        return cls(without_loss(model, given), labels, None if mask is None else mask.flatten().cpu(), predicted)
 
     def loss(self, model: nn.Module) -> Tensor:
         """The sum over the tokens that are to be predicted, in nats; no balancing loss.

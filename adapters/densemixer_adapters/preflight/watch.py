@@ -55,7 +55,7 @@ class Watch:
         Args:
             extra: The gradient that DenseMixer gives the scores, [tokens, experts].
             weights_gradient: That of the selected experts' weights, [tokens, k].
-            mask: Which tokens are no padding.
+            mask: Which tokens are no padding, on the CPU.
         """
         forward, scores, layer = self._forward, self._scores, self.layer
         assert forward is not None
@@ -72,11 +72,11 @@ class Watch:
         logits = logits_of(forward.router_output.detach().reshape(scores.shape), layer.score)
         rows = rows_of(mask, len(index))
         return Edge(
-            gaps_of(logits, index)[rows].cpu(),
+            gaps_of(logits, index).cpu()[rows],
             index.shape[-1],
-            self._sizes(forward.router_input, len(index))[:, rows].cpu(),
-            best[rows].cpu(),
-            following[rows].cpu(),
+            self._sizes(forward.router_input, len(index)).cpu()[:, rows],
+            best.cpu()[rows],
+            following.cpu()[rows],
         )
 
     def _sizes(self, x: Tensor | None, tokens: int) -> Tensor:
