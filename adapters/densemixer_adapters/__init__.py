@@ -5,7 +5,7 @@ Doors, a module each: ``transformers``, ``environment`` (any program), ``callbac
 ``torchtitan``, ``automodel``. ``_boot`` has the table of all hooks.
 
 Wings: ``transformers``, ``megatron``, ``torchtitan`` and ``automodel``, what is attached to a model; ``metrics``,
-whether it does anything; ``selftest``, whether a machine gives the right numbers; ``cli``, the command. Doors and wings
-share ``switch``, ``errors``, ``handle``, ``observer``, ``expert_parallel`` and its ``collectives``. ``original`` is
-about the package of the paper's authors.
+whether it does anything; ``preflight``, whether it would; ``selftest``, whether a machine gives the right numbers;
+``cli``, the command. Doors and wings share ``switch``, ``errors``, ``handle``, ``observer``, ``expert_parallel`` and
+its ``collectives``. ``original`` is about the package of the paper's authors.
 """

@@ -19,6 +19,7 @@ class Forward:
         probabilities: Whether that has been through a softmax already.
         x: The experts' input, [..., hidden].
         index: The selected experts, [tokens, k].
+        weights: The weights that the layer gave them, [tokens, k].
     """
 
     router_input: Tensor | None
@@ -26,6 +27,7 @@ class Forward:
     probabilities: bool
     x: Tensor
     index: Tensor
+    weights: Tensor
 
 
 Observer = Callable[[Forward, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]

@@ -139,7 +139,7 @@ def test_sessions_are_there() -> None:
 
 def test_subcommands_are_there() -> None:
     cli = PACKAGES["densemixer_adapters"] / "densemixer_adapters" / "cli"
-    commands = functions(cli / "app.py") | functions(cli / "launch.py")
+    commands = set.union(*(functions(cli / f"{name}.py") for name in ("app", "launch", "preflight")))
     for page, command in everything_named(r"^densemixer ([a-z]\w*)"):
         assert command in commands, f"{page}: densemixer {command}"
 

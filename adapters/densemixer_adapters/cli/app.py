@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +14,9 @@ from rich.text import Text
 from densemixer_adapters.cli.columns import columns
 from densemixer_adapters.cli.doctor import DISTRIBUTION, Check, examine
 from densemixer_adapters.cli.launch import run, setup
-from densemixer_adapters.cli.printable import one_line, printable, say
+from densemixer_adapters.cli.preflight import preflight
+from densemixer_adapters.cli.printable import printable, say
+from densemixer_adapters.cli.reading import reading
 from densemixer_adapters.cli.worth import ESTIMATORS, WHAT_COSINES_ARE, cosines
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -79,7 +79,7 @@ def inspect(
 
     Reads the configuration alone, no weights. The exit status is 1 if the model isn't supported, 2 if it can't be read.
     """
-    with _reading(checkpoint):
+    with reading(f"the configuration of {checkpoint}"):
         from densemixer_adapters.cli.inspection import build_empty, inspect_model
 
         report = inspect_model(build_empty(checkpoint))
@@ -128,7 +128,7 @@ def cost(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:
-        with _reading(checkpoint):
+        with reading(f"the configuration of {checkpoint}"):
             from densemixer_adapters.cli.inspection import build_empty, estimate
 
             model = build_empty(checkpoint)
@@ -170,21 +170,6 @@ def cost(
             f"{1e-3 * one.sent:.4g} (budget {budget:.4g})" for budget, one in zip(budgets, found, strict=True)
         )
         typer.echo(f"\nA rank sends in the backward, kB a token: {sent}.")
-
-
-@contextlib.contextmanager
-def _reading(checkpoint: str) -> Iterator[None]:
-    """Ends with a line and status 2 where a configuration can't be used: it may be anything, and so may the error."""
-    from densemixer_adapters.errors import UnsupportedModelError
-
-    try:
-        yield
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        say(f"densemixer: can't use the configuration of {checkpoint}: {kind}{one_line(error)}", err=True)
-        raise typer.Exit(2) from None
 
 
 @app.command()
@@ -266,5 +251,6 @@ def selftest(
         raise typer.Exit(1)
 
 
+app.command()(preflight)
 app.command()(setup)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import itertools
 import json
@@ -10,8 +9,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from densemixer_adapters.cli.page import Section, Table, page, replace
 from densemixer_adapters.cli.printable import file_name, printable
 from densemixer_adapters.cli.run_log import Points, Series
 from densemixer_adapters.metrics.names import TITLES
@@ -25,7 +23,7 @@ def as_json(series: Iterable[Series]) -> str:
             "source": printable(one.source),
             "works": one.verdict.works,
             "verdict": one.verdict.text,
-            "last": {metric: _or_none(value) for metric, value in one.last.items()},
+            "last": {metric: or_none(value) for metric, value in one.last.items()},
             "curves": _without_nan(one.curves),
             "layers": {metric: _without_nan(layers) for metric, layers in one.layers.items()},
         }
@@ -35,11 +33,12 @@ def as_json(series: Iterable[Series]) -> str:
 
 
 def _without_nan(curves: dict[str, Points]) -> dict[str, list[tuple[int, float | None]]]:
-    return {name: [(step, _or_none(value)) for step, value in points] for name, points in curves.items()}
+    return {name: [(step, or_none(value)) for step, value in points] for name, points in curves.items()}
 
 
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+def or_none(value: float) -> float | None:
+    """What JSON knows: a finite number, or nothing."""
+    return value if math.isfinite(value) else None
 
 
 def write(series: list[Series], folder: Path) -> list[Path]:
@@ -58,15 +57,9 @@ def write(series: list[Series], folder: Path) -> list[Path]:
         name = f"densemixer-{file_name(one.name)}" if one.name else "densemixer"
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
         path = next(path for name in names if (path := folder / f"{name}.png") not in written)
-        written.append(_replace(path, picture))
-    return [*written, _replace(folder / "densemixer.html", _page(series, pictures).encode())]
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    path.unlink(missing_ok=True)
-    with path.open("xb") as file:  # fails if something is there again
-        file.write(content)
-    return path
+        written.append(replace(path, picture))
+    sections = [_section(one, picture) for one, picture in zip(series, pictures, strict=True)]
+    return [*written, replace(folder / "densemixer.html", page("DenseMixer: router metrics", sections))]
 
 
 def _draw(series: Series) -> bytes:
@@ -91,18 +84,12 @@ def _draw(series: Series) -> bytes:
     return file.getvalue()
 
 
-def _page(series: list[Series], pictures: list[bytes]) -> str:
-    pages = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined)
-    sections = [
-        {
-            "name": one.name or "Routers",
-            "kind": {True: "works", False: "idle", None: "unknown"}[one.verdict.works],
-            "verdict": one.verdict.text,
-            "picture": base64.b64encode(picture).decode(),
-            "rows": [(TITLES[metric], points[0][1], points[-1][1]) for metric, points in one.curves.items()],
-            "source": printable(one.source),
-        }
-        for one, picture in zip(series, pictures, strict=True)
-    ]
-    page: str = pages.get_template("report.html").render(sections=sections)
-    return page
+def _section(series: Series, picture: bytes) -> Section:
+    rows = [(TITLES[metric], f"{points[0][1]:.4g}", f"{points[-1][1]:.4g}") for metric, points in series.curves.items()]
+    return Section(
+        series.name or "Routers",
+        series.verdict,
+        picture,
+        [Table(("", "first", "last"), rows)],
+        f"Black: over all layers; blue: each layer. From {printable(series.source)}.",
+    )

@@ -189,7 +189,7 @@ class MegatronLayer(HostLayer):
         if self.observer is not None:
             scale = self.block.config.grad_scale_func  # what Megatron multiplies the loss by now, for half precision
             self.loss_scale = None if scale is None else scale(torch.ones(1, device=output.device))
-            forward = Forward(running.router_input, running.logits, False, running.x, running.index)
+            forward = Forward(running.router_input, running.logits, False, running.x, running.index, running.weights)
             output, scores = self.observer(forward, output, scores)
         if scores is not None:
             output = straight_through(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class RoutingDrift:
         self._batch: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._mask: Tensor | None = None  # of tokens that are no padding
         self._autocast: dict[str, Any] = {}
-        self._start: list[_Routing | None] = []
+        self._start: list[Routing | None] = []
         # Before the hooks of FSDP2 and ZeRO-3, which would find the model in the middle of a forward.
         self._hook = model.register_forward_pre_hook(self._capture, prepend=True, with_kwargs=True)
 
@@ -80,9 +79,7 @@ class RoutingDrift:
         if not (torch.is_grad_enabled() and model.training):  # not an evaluation before training
             return
         self._hook.remove()
-        kwargs = {name: value for name, value in kwargs.items() if name not in _FOR_THE_LOSS}
-        if hasattr(getattr(model, "config", None), "use_cache"):
-            kwargs["use_cache"] = False
+        kwargs = without_loss(model, kwargs)
         self._batch = _copy(args), _copy(kwargs)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.dim() == 2:  # padding doesn't count
@@ -98,34 +95,59 @@ class RoutingDrift:
         )
         self._start = self._run()
 
-    def _run(self) -> list[_Routing | None]:
+    def _run(self) -> list[Routing | None]:
         assert self._batch is not None
         args, kwargs = self._batch
-        found: dict[DenseMixerLayer, _Routing] = {}
-        recorded = recording(functools.partial(self._keep, found))
-        with _evaluating(self.model), torch.no_grad(), torch.autocast(**self._autocast), recorded, self._within():
-            self.model(*args, **kwargs)
+        with evaluating(self.model), torch.autocast(**self._autocast), self._within():
+            found = routing_of(self.layers, lambda: self.model(*args, **kwargs), self._mask)
         if isinstance(self.model, FSDPModule):
             self.model.reshard()  # its root is not, after a forward
-        return [found.get(layer) for layer in self.layers]
-
-    def _keep(
-        self, found: dict[DenseMixerLayer, _Routing], layer: DenseMixerLayer, router_output: Tensor, index: Tensor
-    ) -> None:
-        rows: Tensor | slice = slice(TOKENS)
-        # A layer may see other tokens than the mask speaks of, as experts of a vision tower do.
-        if self._mask is not None and len(self._mask) == len(index):
-            rows = self._mask.nonzero().flatten()[:TOKENS]
-        found[layer] = _Routing(_logits(router_output[rows], layer.score), index[rows])
+        return found
 
 
-class _Routing:
+def without_loss(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is called with, for its outputs alone: neither a loss nor a cache is made."""
+    found = {name: value for name, value in arguments.items() if name not in _FOR_THE_LOSS}
+    config = getattr(model, "config", None)
+    if hasattr(getattr(config, "get_text_config", lambda: config)(), "use_cache"):
+        found["use_cache"] = False
+    return found
+
+
+def routing_of(
+    layers: Sequence[DenseMixerLayer], forward: Callable[[], object], mask: Tensor | None = None
+) -> list[Routing | None]:
+    """How each layer routes in a forward of its model without gradients; None where it isn't called.
+
+    Args:
+        layers: The layers. DenseMixer must be attached to them.
+        forward: Calls the model.
+        mask: Which of the tokens are no padding, [tokens]; None for all. The first `TOKENS` of them count.
+    """
+    found: dict[DenseMixerLayer, Routing] = {}
+
+    def keep(layer: DenseMixerLayer, router_output: Tensor, index: Tensor) -> None:
+        rows = rows_of(mask, len(index))
+        found[layer] = Routing(logits_of(router_output[rows][:TOKENS], layer.score), index[rows][:TOKENS])
+
+    with torch.no_grad(), recording(keep):
+        forward()
+    return [found.get(layer) for layer in layers]
+
+
+def rows_of(mask: Tensor | None, tokens: int) -> Tensor | slice:
+    """Which rows are no padding, of what a layer that has seen so many tokens has for each of them."""
+    # A layer may see other tokens than the mask speaks of, as experts of a vision tower do.
+    return slice(None) if mask is None or len(mask) != tokens else mask.nonzero().flatten()
+
+
+class Routing:
     """Logits, [tokens, experts], and selected experts, [tokens, k], of a layer."""
 
     def __init__(self, logits: Tensor, index: Tensor) -> None:
         self.logits, self.index = logits, index
 
-    def compare(self, now: _Routing) -> list[float]:
+    def compare(self, now: Routing) -> list[float]:
         """The number of selections that are gone, and of all; the squares of the logits' change, and of the logits."""
         kept = (self.index.unsqueeze(2) == now.index.unsqueeze(1)).any(-1).sum()
         moved = (now.logits - self.logits).double().square().sum()
@@ -134,7 +156,8 @@ class _Routing:
         return [found[0], float(self.index.numel()), *found[1:]]
 
 
-def _logits(router_output: Tensor, score: str) -> Tensor:
+def logits_of(router_output: Tensor, score: str) -> Tensor:
+    """Logits in float32 at least, of a softmax those whose mean is zero, [tokens, experts]."""
     logits = router_output.to(torch.promote_types(router_output.dtype, torch.float32))
     if score != "softmax":
         return logits
@@ -148,7 +171,8 @@ def _share(part: float, whole: float) -> float:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode, and each of its modules as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,14 @@ from torch.distributed.tensor import DTensor
 
 from densemixer_adapters.metrics.gradients import Measured, sum_over_ranks
 from densemixer_adapters.metrics.names import LOST
-from densemixer_adapters.transformers.layer import DenseMixerLayer
+
+
+class HasRouter(Protocol):
+    """A layer, or what stands for it."""
+
+    @property
+    def router(self) -> nn.Module:
+        """The module whose parameters are looked at."""
 
 
 class LostUpdates:
@@ -30,7 +37,7 @@ class LostUpdates:
         layers: The layers whose routers to compare.
     """
 
-    def __init__(self, layers: Sequence[DenseMixerLayer]) -> None:
+    def __init__(self, layers: Sequence[HasRouter]) -> None:
         self.layers = layers
         self._before: list[list[tuple[nn.Parameter, Tensor, Tensor]]] | None = None
         self._counts: list[list[float]] = []

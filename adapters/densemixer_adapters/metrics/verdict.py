@@ -53,14 +53,14 @@ def judge(curves: Mapping[str, Points]) -> Verdict:
     share = _last([point for point in curves.get(SHARE, ()) if norms.get(point[0]) != 0])
     change, lost = _last(curves.get(CHANGE, ())), _last(curves.get(LOST, ()))
     steps = max((step for points in curves.values() for step, _ in points), default=0)
-    taught = "" if share is None else f"{_percent(share)} of the routers' gradient is from unselected experts"
-    moved = "" if change is None else f"{_percent(change)} of the routers' choices changed since the start"
+    taught = "" if share is None else f"{percent(share)} of the routers' gradient is from unselected experts"
+    moved = "" if change is None else f"{percent(change)} of the routers' choices changed since the start"
     small = ""
     if share is not None and share < SHARE_THRESHOLD:
         small = taught
     elif change is not None and change < CHANGE_THRESHOLD:
         small = moved
-    reason = f"; rounding swallows {_percent(lost)} of the updates of their weights" if lost and lost > 0.5 else ""
+    reason = f"; rounding swallows {percent(lost)} of the updates of their weights" if lost and lost > 0.5 else ""
     if small and (steps >= ENOUGH_STEPS or share == 0):
         return Verdict(False, f"{small}: {idle}{reason}")
     if small:
@@ -78,5 +78,6 @@ def _last(points: Points) -> float | None:
     return points[-1][1] if points and 0 <= points[-1][1] <= 1 else None
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """A share, for a sentence."""
     return f"{100 * value:.1f} %" if value >= 0.0005 or value == 0 else "less than 0.1 %"

@@ -202,7 +202,7 @@ class DenseMixerLayer(HostLayer):
         scores = None if stacked is None else spec.scores_of(rows(raw), probabilities)
         observed = scores
         if self.observer is not None:
-            forward = Forward(call.router_input, raw, probabilities, given.x, given.selected)
+            forward = Forward(call.router_input, raw, probabilities, given.x, given.selected, given.weights)
             output, observed = self.observer(forward, output, scores)
         if stacked is None or scores is None or observed is None:
             return output
