@@ -21,8 +21,8 @@ from densemixer_core.kernel.triton_kernel import OPTIONS, _hidden, formula_const
 _MOST_TOKENS = 4096
 """So many at a time: beyond, a product gets no faster, and fewer experts fit."""
 
-BLOCKS = {"BLOCK_T": 16, "BLOCK_F": 16 if INTERPRETED else 128}
-"""Tokens and ffn columns of a tile."""
+BLOCKS = {"BLOCK_T": 16, "BLOCK_F": 16} if INTERPRETED else {"BLOCK_T": 8, "BLOCK_F": 128}
+"""Tokens and ffn columns of a tile: 16 bytes of each tensor for each thread, and few registers."""
 
 
 @triton.jit(do_not_specialize=["rows", "out_expert"])
