@@ -70,10 +70,10 @@ def test_other_layers_and_gpus(layer: dict[str, Any], weights: str, transposed: 
     ("layer", "biased", "capability"), [(QWEN3, False, 90), (GPT_OSS, True, 90), (GPT_OSS, True, 100)]
 )
 def test_the_epilogue_spills_nothing_and_fills_the_gpu(layer: dict[str, Any], biased: bool, capability: int) -> None:
-    """It waits for memory, so half of all threads should be there to wait."""
+    """It waits for memory, so a third of all threads should be there to wait."""
     compiled = epilogue(layer, capability, biased)
     assert kept_in_registers(compiled)
-    assert compiled.blocks * compiled.threads >= THREADS // 2
+    assert compiled.blocks * compiled.threads >= THREADS // 3
 
 
 def test_spills_are_seen() -> None:
