@@ -96,7 +96,7 @@ def run(part: Part, output: Path, dry: bool) -> Outcome:
         process = subprocess.Popen(
             [sys.executable, *(argument.replace("OUT", str(output)) for argument in command)],
             cwd=ROOT,
-            env=environment(dry),
+            env=environment(dry, part.kernels),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -114,10 +114,16 @@ def run(part: Part, output: Path, dry: bool) -> Outcome:
     return Outcome(part.name, "failed" if status else "ok", time.monotonic() - start, lines[-1].strip("= "))
 
 
-def environment(dry: bool) -> dict[str, str]:
+def environment(dry: bool, kernels: bool) -> dict[str, str]:
     paths = [ROOT, ROOT / "adapters", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    where = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""} if dry else {"TEST_DEVICE": "cuda"}
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1", **where}
+    where = {"TRITON_INTERPRET": str(int(kernels)), "CUDA_VISIBLE_DEVICES": ""} if dry else {"TEST_DEVICE": "cuda"}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "160",
+        **where,
+    }
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

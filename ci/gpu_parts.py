@@ -15,7 +15,8 @@ class Part:
         limit: Seconds, after which it is ended.
         why: What it shows.
         needs: Modules that it needs besides torch, Triton and transformers.
-        dry: What follows the interpreter in a dry run; None where that would be what `make test` runs anyway.
+        dry: What follows the Python interpreter in a dry run; None where that would be what `make test` runs anyway.
+        kernels: Whether the dry run has kernels, in Triton's interpreter, which is slow.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Part:
     why: str
     needs: tuple[str, ...] = ()
     dry: tuple[str, ...] | None = None
+    kernels: bool = False
 
 
 def _tests(*arguments: str) -> tuple[str, ...]:
@@ -50,6 +52,7 @@ PARTS = (
         "gradients against float64, the ways to evaluate experts, a step's time",
         PRINTS,
         (*SELFTEST, "ways"),
+        kernels=True,
     ),
     Part(
         "Qwen3-30B-A3B",
@@ -57,6 +60,7 @@ PARTS = (
         120,
         "each way at full size, over the rate of a large product",
         dry=(*_kernel(24, 20, 2, 20), "--matmul=64", "--repetitions=2", "--dtype=float32"),
+        kernels=True,
     ),
     Part(
         "one GPU",
