@@ -33,8 +33,8 @@ from worker import Specification
 
 HERE = Path(__file__).parent
 ORIGINAL = "ORIGINAL_DENSEMIXER_PYTHON"
-BUDGETS = ("1", "0.25", "0.125", "0.0625")
-NAMES = {"1": "exact", "0.25": "budget 1/4", "0.125": "budget 1/8", "0.0625": "budget 1/16"}
+BUDGETS = {"exact": "1", "budget 1/4": "0.25", "budget 1/8": "0.125", "budget 1/16": "0.0625", "budget 1/32": "0.03125"}
+NAMES = {budget: name for name, budget in BUDGETS.items()}
 
 
 def main() -> None:
@@ -48,7 +48,7 @@ def main() -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=describe(case))
-            rows += (found := measure(case, arguments.rounds))
+            rows += (found := measure(case, arguments.settings, arguments.rounds))
             append(found, output / "results.csv")  # at once, in case the rest is cut short
             progress.advance(task)
     for table in tables(rows):
@@ -65,6 +65,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048], help="tokens of a step")
     parser.add_argument("--scale", type=int, default=1 if on_gpu else 4, help="divide all widths by this")
     parser.add_argument("--layers", type=int, default=2, help="layers of the whole model")
+    parser.add_argument(
+        "--settings",
+        nargs="+",
+        choices=[*BUDGETS, "original"],
+        default=[*BUDGETS, "original"],
+        help="what is compared with conventional training; all of them have their memory at the same time",
+    )
     parser.add_argument("--what", nargs="+", choices=["block", "model"], default=["block", "model"])
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each setting")
     parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
@@ -108,13 +115,13 @@ def describe(case: Case) -> str:
     )
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+def measure(case: Case, compared: list[str], rounds: int) -> list[dict[str, Any]]:
     """A row for each setting."""
     base = case.specification
     fastest = min(("eager", "grouped_mm"), key=lambda experts: once(dataclasses.replace(base, experts=experts)))
     base = dataclasses.replace(base, experts=fastest)
-    settings = ["conventional", *BUDGETS, "matmul"]
-    if base.shape.in_original and os.environ.get(ORIGINAL):
+    settings = ["conventional", *(budget for name, budget in BUDGETS.items() if name in compared), "matmul"]
+    if "original" in compared and base.shape.in_original and os.environ.get(ORIGINAL):
         settings.append("original")
     with contextlib.ExitStack() as stack:
         workers = {s: stack.enter_context(Worker(dataclasses.replace(base, setting=s))) for s in settings}
@@ -155,7 +162,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
         }
         if "original" in settings:
             row["faster_than_original"] = median["original"] / median[setting]
-        if setting in BUDGETS:
+        if setting in NAMES:
             floor = max(1, base.layers) * base.shape.extra_operations(base.tokens, float(setting)) / rate
             row["floor_over_conventional"] = 1 + floor / median["conventional"]
             # Of each round by itself, where both saw the same machine.
@@ -217,7 +224,7 @@ class Worker:
 
 def once(specification: Specification) -> float:
     with Worker(specification) as worker:
-        return min(worker.step() for _ in range(3))
+        return worker.step()  # the worker has taken one before, to warm up
 
 
 def quantile(values: list[float], share: float) -> float:

@@ -38,7 +38,7 @@ def _kernel(hidden: int, ffn: int, experts: int, *tokens: int) -> tuple[str, ...
 
 
 SELFTEST = ("-m", "densemixer_adapters.cli", "selftest")
-BENCH = ("benchmarks", "--output=OUT")
+BENCH = ("benchmarks", "--output=OUT", "--settings", "exact", "budget 1/8", "budget 1/32")
 PRINTS = ("rich", "typer", "jinja2", "packaging")
 DRAWS = ("rich", "matplotlib")
 OTHERS = ("OLMoE-1B-7B", "Qwen1.5-MoE-A2.7B", "Mixtral-8x7B")
@@ -82,7 +82,7 @@ PARTS = (
         300,
         "steps at full size over conventional training",
         DRAWS,
-        (*BENCH, "--what=block", "--shapes=Qwen3-30B-A3B", "--tokens=32", "--scale=16", "--rounds=1"),
+        (*BENCH[:4], "--what=block", "--shapes=Qwen3-30B-A3B", "--tokens=32", "--scale=16", "--rounds=1"),
     ),
     Part("OLMoE", _kernel(2048, 1024, 64, *FULL), 120, "as for Qwen3-30B-A3B"),
     Part("Qwen1.5-MoE", _kernel(2048, 1408, 60, *FULL), 120, "as for Qwen3-30B-A3B"),

@@ -69,6 +69,19 @@ def test_megatrons_log_has_them(by_layer: bool) -> None:
         assert {name: sums[name].item() / 2 for name in whole} == pytest.approx(whole)
 
 
+def test_another_model_of_the_process_takes_no_number() -> None:
+    """A critic, or one that training has left behind. Its layers aren't those of multi-token prediction."""
+    other, layer = build(Case()), build(Case())
+    for model in (other, layer):
+        apply_densemixer(model, DenseMixerConfig(metrics=True))
+    writer = Writer()
+    other(batch(Case())[0])  # no backward, so it says nothing of its gradients
+    step(layer)
+    log(layer.config, 0, writer=writer, per_layer_logging=True)
+    layers = {name.split("/")[1] for row in writer.rows for name in row if name.count("/") == 2}
+    assert layers == {"layer_0"}
+
+
 def test_without_the_option_nothing_is_measured() -> None:
     layer = build(Case())
     handle = apply_densemixer(layer)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from pages import REPOSITORY, blocks
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from densemixer_adapters.transformers import Router, UnsupportedModelError, apply_densemixer, register_router, routers
@@ -104,7 +105,8 @@ def test_the_line_of_the_message_is_what_is_to_be_written(page: Any) -> None:
 def test_a_wrong_declaration_stops_the_first_step_and_can_be_put_right(page: Any) -> None:
     model, ids = build(page), torch.arange(24).reshape(2, 12)
     register_router("MyTopKRouter", Router("softmax", renormalised=True))
-    with apply_densemixer(model), pytest.raises(RoutingMismatchError, match=r"block\.router \(MyTopKRouter\)"):
+    message = r"block\.router \(MyTopKRouter\): .*softmax of its logits, .*from what register_router says"
+    with apply_densemixer(model), pytest.raises(RoutingMismatchError, match=message):
         gradients(model, ids)
     register_router("MyTopKRouter", Router("sigmoid", renormalised=True))
     with apply_densemixer(model):
@@ -170,11 +172,23 @@ def test_a_plain_linear_router_goes_by_its_block(page: Any) -> None:
             return self.experts(x, index, weights).reshape(hidden_states.shape)
 
     block, x = MyBlock(page.MyConfig()), torch.randn(2, 4, page.MyConfig().hidden_size)
-    with pytest.raises(UnsupportedModelError, match=r'register_router\("MyBlock", Router'):
-        apply_densemixer(block)
+    plain = type(block.router)
+    for kind in (plain, type("Linear4bit", (plain,), {}), type("FSDPLinear", (FSDPModule, plain), {})):
+        block.router.__class__ = kind
+        with pytest.raises(UnsupportedModelError, match=r'register_router\("MyBlock", Router'):
+            apply_densemixer(block)
+    block.router.__class__ = plain
     register_router("MyBlock", Router("softmax", renormalised=False))
     with apply_densemixer(block):
         block(x).sum().backward()
+
+
+def test_the_line_names_the_class_that_was_sharded(page: Any) -> None:
+    model = build(page)
+    router = model.block.router
+    router.__class__ = type(f"FSDP{type(router).__name__}", (FSDPModule, type(router)), {})
+    with pytest.raises(UnsupportedModelError, match=r'register_router\("MyTopKRouter", Router'):
+        apply_densemixer(model)
 
 
 def test_a_subclass_may_differ_from_what_it_is_of() -> None:

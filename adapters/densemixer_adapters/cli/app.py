@@ -19,7 +19,7 @@ from densemixer_adapters.cli.launch import run, setup
 from densemixer_adapters.cli.printable import one_line, printable, say
 from densemixer_adapters.cli.worth import ESTIMATORS, WHAT_COSINES_ARE, cosines
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
 
 COST_HEADS = (
     "\nbudget",

@@ -166,14 +166,18 @@ def _log(given: dict[str, Any]) -> dict[str, float]:
 
 def _places(layers: Sequence[MegatronLayer]) -> list[str]:
     """The layers' numbers in the whole model, from 0 as in Megatron's own log. Those for multi-token prediction count
-    by themselves; before 0.17 they have numbers beyond the model's layers, or those of other layers."""
+    by themselves; before 0.17 they have numbers beyond the model's layers, or those of other layers. Whose layer it is
+    says the configuration, which a model's layers share: those of another model have the same numbers too."""
     places: list[str] = []
-    predictions = 0
+    own: set[tuple[int, int]] = set()
+    predictions: dict[int, int] = {}
     for layer in layers:
-        number, count = layer.block.layer_number or 0, layer.block.config.num_layers
-        place = f"layer_{number - 1}"
-        if layer.is_for_prediction or number > count or place in places:
-            place = f"mtp_layer_{predictions}"
-            predictions += 1
-        places.append(place)
+        number, config = layer.block.layer_number or 0, layer.block.config
+        if layer.is_for_prediction or number > config.num_layers or (id(config), number) in own:
+            position = predictions.setdefault(id(config), 0)
+            predictions[id(config)] += 1
+            places.append(f"mtp_layer_{position}")
+        else:
+            own.add((id(config), number))
+            places.append(f"layer_{number - 1}")
     return places

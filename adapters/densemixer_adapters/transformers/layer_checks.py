@@ -22,7 +22,7 @@ from densemixer_adapters.transformers.checks import (
 )
 from densemixer_adapters.transformers.experts import ExpertsInput, rows, unwrap
 from densemixer_adapters.transformers.refuse import refuse_freed_weights
-from densemixer_adapters.transformers.routers import Router
+from densemixer_adapters.transformers.routers import Router, is_registered
 from densemixer_core import RoutingMismatchError, StackedExperts, check_routing, compute_dtype, routed_output
 from densemixer_core.routing import are_probabilities
 
@@ -111,10 +111,10 @@ class LayerChecks:
                 stacked.weights.scale,
             )
         except RoutingMismatchError as error:
+            declared = "register_router says" if is_registered(self._spec) else "this version of DenseMixer declares"
             raise RoutingMismatchError(
-                f"{self._router_name} ({type(router).__name__}): DenseMixer takes its scores to be "
-                f"the {self._spec.score} of its logits, but {error}. This version of the model routes "
-                "differently from what densemixer_adapters.transformers.routers declares; its gradient would be "
+                f"{self._router_name} ({type(router).__name__}): taking its scores to be the {self._spec.score} of its "
+                f"logits, {error}. The model routes differently from what {declared}; the router's gradient would be "
                 "wrong."
             ) from None
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal, TypeVar
 
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from densemixer_core import router_scores
 from densemixer_core.routing import SCORE_FUNCTIONS
@@ -230,8 +231,16 @@ def register_router(name: str, router: Router) -> None:
 
 def line_to_register(router: nn.Module, block: nn.Module) -> str:
     """What to write for an unknown router, with its name filled in."""
-    owner = block if type(router) is nn.Linear else router
-    return f'register_router("{type(owner).__name__}", Router("softmax", renormalised=True))'
+    # A plain projection says nothing, whatever class quantisation or FSDP2 has made of it.
+    owner = block if isinstance(router, nn.Linear) else router
+    # FSDP2 makes a class of its own of each class that it shards.
+    kind = next(kind for kind in type(owner).__mro__ if not issubclass(kind, FSDPModule))
+    return f'register_router("{kind.__name__}", Router("softmax", renormalised=True))'
+
+
+def is_registered(spec: Router) -> bool:
+    """Whether it is a user's own declaration."""
+    return any(spec is registered for registered in _REGISTERED.values())
 
 
 def router_of(router: nn.Module, block: nn.Module) -> Router | None:
