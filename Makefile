@@ -1,7 +1,7 @@
 PYTHON ?= python3
 NOX := .venv/bin/nox --noxfile ci/noxfile.py
 
-.PHONY: test test-more docs coverage demo experiment gradient-quality bench bench-budget clean
+.PHONY: test test-more docs coverage demo experiment gradient-quality bench bench-budget gpu clean
 
 test: .venv/bin/nox  ## lint, types and all tests, each framework in its own pinned environment
 	$(NOX)
@@ -32,6 +32,9 @@ bench: .venv/bin/nox  ## time steps on this machine, against conventional traini
 
 bench-budget: .venv/bin/nox  ## how exact the extra gradient is at each budget
 	$(NOX) --session bench_budget -- $(ARGS)
+
+gpu:  ## on a GPU, with the Python at hand: the tests that mean something there and all timings, see docs/gpu.md
+	$(PYTHON) ci/gpu.py $(ARGS)
 
 clean:
 	rm -rf .nox .venv

@@ -48,9 +48,9 @@ def main() -> None:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=describe(case))
-            rows += measure(case, arguments.settings, arguments.rounds)
+            rows += (found := measure(case, arguments.settings, arguments.rounds))
+            append(found, output / "results.csv")  # at once, in case the rest is cut short
             progress.advance(task)
-    append(rows, output / "results.csv")
     for table in tables(rows):
         console.print(table)
     (output / "results.md").write_text(markdown(rows))

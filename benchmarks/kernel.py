@@ -1,9 +1,9 @@
-"""Times the fused kernel against the matrix products expert by expert, and both against the rate of a large product.
+"""Times the ways to evaluate all experts: the fused kernel, all experts at once, and one by one; and a large product.
 
 Usage, on a machine with a CUDA GPU, torch, Triton and this package: python benchmarks/kernel.py [--help].
 
-The operations are those of one layer's extra backward pass: 6·hidden·ffn for each token and expert. Kernel, products
-and the large product take turns. Prints a table and appends its rows to a CSV. With TRITON_INTERPRET=1 it runs on a
+The operations are those of one layer's extra backward pass: 6·hidden·ffn for each token and expert. The ways and the
+large product take turns. Prints a table and appends its rows to a CSV. With TRITON_INTERPRET=1 it runs on a
 CPU, slowly, to show that it runs; its times mean nothing there.
 """
 
@@ -23,8 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from densemixer_core import Activation, ExpertLayout, ExpertWeights, StackedExperts, expert_dots
+from densemixer_core import Activation, ExpertLayout, ExpertWeights, StackedExperts
 from densemixer_core.kernel import INTERPRETED
+from densemixer_core.kernel.ways import ONE_BY_ONE, ways
 
 SILU = Activation("silu", "concatenated")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -58,8 +59,6 @@ def milliseconds(run: Callable[[], object], device: str) -> float:
 
 
 def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
-    from densemixer_core.kernel.triton_kernel import launch
-
     dtype = DTYPES[options.dtype]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -70,17 +69,14 @@ def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
     x, g = random(tokens, hidden), random(tokens, hidden)
     up = random(experts, 2 * ffn, hidden, scale=hidden**-0.5)
     down = random(experts, hidden, ffn, scale=ffn**-0.5)
-    products = StackedExperts(ExpertWeights(up, down), ExpertLayout(SILU))  # without a formula: never the kernel
+    experts_ = StackedExperts(ExpertWeights(up, down), ExpertLayout(SILU, formula=SILU))
+    found = {name: lambda way=way: way(x, g) for name, way in ways(experts_, options.workspace_mb << 20).items()}
     a, b = random(side, side), random(side, side)
 
-    runs: dict[str, Callable[[], Tensor]] = {
-        "large product": lambda: a @ b,
-        "products": lambda: expert_dots(x, g, products),
-        "kernel": lambda: launch(x, g, up, down, None, SILU, False).t(),
-    }
-    operations = dict.fromkeys(runs, 6.0 * tokens * experts * hidden * ffn) | {"large product": 2.0 * side**3}
-    expected, found = runs["products"](), runs["kernel"]()  # the kernel is tuned here
-    error = ((found - expected).norm() / expected.norm()).item()
+    runs: dict[str, Callable[[], Tensor]] = {"large product": lambda: a @ b, **found}
+    operations = dict.fromkeys(found, 6.0 * tokens * experts * hidden * ffn) | {"large product": 2.0 * side**3}
+    expected = found[ONE_BY_ONE]()
+    errors = {name: ((run() - expected).norm() / expected.norm()).item() for name, run in found.items()}  # tunes it too
     times: dict[str, list[float]] = {name: [] for name in runs}
     for repetition in range(options.repetitions + 2):
         for name, run in runs.items():
@@ -93,7 +89,7 @@ def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
         low, _, _, high = statistics.quantiles(taken, n=5, method="inclusive")
         median = statistics.median(taken)
         speed = operations[name] / median
-        rows.append(Row(tokens, name, median, low, high, speed / 1e9, speed / rate, error if name == "kernel" else 0.0))
+        rows.append(Row(tokens, name, median, low, high, speed / 1e9, speed / rate, errors.get(name, 0.0)))
     return rows
 
 
@@ -105,6 +101,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=128)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--matmul", type=int, default=8192, help="rows and columns of the large product")
+    parser.add_argument("--workspace-mb", type=int, default=256, help="the option of that name")
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--csv", type=Path, default=Path("outputs/benchmarks/kernel.csv"))
     options = parser.parse_args()
@@ -136,7 +133,7 @@ def main() -> None:
                     f"{row.tokens:7}  {row.what:13} {row.median_ms:10.3f} {row.p20_ms:9.3f} {row.p80_ms:9.3f} "
                     f"{row.tflops:9.2f} {row.of_matmul_rate:8.1%}  {row.error:.1e}"
                 )
-    print(f"Appended to {options.csv}. error: ‖kernel − products‖ / ‖products‖.")
+    print(f"Appended to {options.csv}. error: ‖way − one by one‖ / ‖one by one‖.")
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def install_transformers(session: nox.Session, pins: str) -> None:
 def transformers(session: nox.Session, pins: str) -> None:
     """Adapter, ways of running, metrics, command line: newest, a wheel. Oldest, editable: what depends on it."""
     install_transformers(session, pins)
-    tests = ["tests/demo", "tests/experiments", "tests/benchmarks", "tests/selftest", *TRANSFORMERS]
+    tests = ["tests/demo", "tests/experiments", "tests/benchmarks", "tests/selftest", "tests/gpu", *TRANSFORMERS]
     if pins == "5.5.4":
         depends = [f"tests/transformers/test_{name}.py" for name in DEPENDS]
         tests = ["tests/running/test_matrix.py", *depends, "tests/parity", "-k", PLAINEST]
@@ -252,6 +252,22 @@ def oldest(session: nox.Session, framework: str) -> None:
 
 
 @nox.session(default=False, tags=["more"])
+def oldest_triton(session: nox.Session) -> None:
+    """The kernels under the Triton of torch 2.9: in its interpreter, and by its compiler."""
+    install(session, "core")
+    pip_install(session, "--no-deps", "triton==3.5.0")
+    install_wheel(session)
+    run_tests(session, "tests/core/test_kernel.py", "tests/core/test_compiled_kernels.py")
+
+
+@nox.session(default=False, tags=["more"])
+def gpu_dry_run(session: nox.Session) -> None:
+    """What `make gpu` runs, small, on a CPU: benchmarks too, which take a minute."""
+    install(session, "transformers-5.23.0")
+    session.run("python", "ci/gpu.py", "--dry-run", *session.posargs)
+
+
+@nox.session(default=False, tags=["more"])
 def torchtitan(session: nox.Session) -> None:
     """torchtitan: its layers, and its own Trainer on one, two and four processes, on the CPU."""
     install(session, "torchtitan")
@@ -317,7 +333,7 @@ for line in open(sys.argv[1]):
 NEWEST = {
     "transformers": (
         "transformers-5.23.0",
-        "transformers bitsandbytes liger-kernel matplotlib peft rich torchao trl scipy",
+        "transformers bitsandbytes liger-kernel matplotlib peft rich torchao triton trl scipy",
     ),
     "llamafactory": ("llamafactory", "llamafactory badam editables hatchling uv"),
     "verl": ("verl", "verl TransferQueue cachetools fastapi peft uvicorn"),
@@ -341,6 +357,7 @@ def newest(session: nox.Session, framework: str) -> None:
     session.run("python", "-c", NEWER, str(CI / "environments" / f"{environment}.txt"))
     tests = [f"tests/{framework}"]
     if framework == "transformers":
+        tests += ["tests/core/test_kernel.py", "tests/core/test_compiled_kernels.py"]
         tests += ["tests/metrics/test_router_metrics.py", "tests/cli/test_inspection.py", "tests/cli/test_report.py"]
     run_tests(session, *tests)
 

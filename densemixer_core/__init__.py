@@ -13,7 +13,7 @@ receive a straight-through gradient. Read the modules in this order:
 - ``sampled``: evaluates it for a part of the pairs, and estimates the rest.
 - ``straight_through``: the identity function that ties these to autograd.
 
-On a GPU, the folder ``kernel`` does what ``products`` does.
+On a GPU, the folder ``kernel`` has other ways to do what ``products`` does, and takes the fastest.
 """
 
 from densemixer_core.config import DenseMixerConfig

@@ -30,7 +30,8 @@ def expert_dots(
         experts: The experts of the layer.
         dtype: The dtype of the matrix products, by default that of the weights. The inner products are accumulated in
             float32, or float64 if that is the dtype.
-        workspace_bytes: Upper bound on the temporaries of one expert; the tokens are split to stay below it.
+        workspace_bytes: Upper bound on the temporaries; the tokens are split to stay below it, and the experts if
+            several go through at the same time.
 
     Returns:
         [tokens, experts], float32 or float64.

@@ -15,6 +15,7 @@ from typing import Any
 import oracle
 import tiny_models
 import torch
+from device import DEVICE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,7 +38,7 @@ class Family:
         tiny_models.randomise(model.named_parameters())
         biases = [each for each in model.named_buffers() if each[0].endswith("e_score_correction_bias")]
         tiny_models.randomise(biases, std=0.1)
-        return model.train()
+        return model.to(DEVICE).train()
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [m for m in model.modules() if hasattr(m, "experts") and hasattr(m, self.router)]
@@ -150,4 +151,4 @@ FAMILIES: dict[str, Family] = {
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)

@@ -79,13 +79,13 @@ class Float64(TorchFunctionMode):
 def relative_error(value: Tensor, truth: Tensor) -> float:
     """‖value − truth‖ / ‖truth‖, computed in float64."""
     truth = truth.double()
-    return ((value.double() - truth).norm() / truth.norm()).item()
+    return ((value.to(truth) - truth).norm() / truth.norm()).item()
 
 
 def worst_error(value: Tensor, truth: Tensor) -> float:
     """max |value − truth| / max |truth|, computed in float64."""
     truth = truth.double()
-    return ((value.double() - truth).abs().max() / truth.abs().max()).item()
+    return ((value.to(truth) - truth).abs().max() / truth.abs().max()).item()
 
 
 def assert_close(ours: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float = 1e-5) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch.distributed as dist
+from device import DEVICE
 
 Arguments = ParamSpec("Arguments")
 Found = TypeVar("Found")
@@ -39,17 +40,17 @@ def once(compute: Callable[Arguments, Found]) -> Callable[Arguments, Found]:
     return run
 
 
-def run_script(script: Path, report: Path, *arguments: str, ranks: int = 1, **settings: str) -> Any:
+def run_script(script: Path, report: Path, *arguments: str, ranks: int = 0, **settings: str) -> Any:
     """What a script of the tests writes to ``report``, its first argument, as JSON.
 
     Args:
         script: Runs with the modules that the running tests can import.
         report: Where it writes.
         arguments: What follows.
-        ranks: How many processes torchrun starts of it, if more than one.
+        ranks: How many processes torchrun starts of it; without torchrun it is one.
         settings: Of its environment.
     """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     done = subprocess.run(
         [sys.executable, *torchrun, str(script), str(report), *arguments],
         env=environment(**settings),
@@ -62,13 +63,13 @@ def run_script(script: Path, report: Path, *arguments: str, ranks: int = 1, **se
 
 
 def environment(**settings: str) -> dict[str, str]:
-    """Of a process that has no GPU and no network, with some settings more."""
+    """Of a process that has no network, and a GPU only where the tests run on one, with some settings more."""
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         # DeepSpeed compiles its CPU communication with ninja, which lies beside the interpreter.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "CUDA_VISIBLE_DEVICES": "",
+        **({"CUDA_VISIBLE_DEVICES": ""} if DEVICE == "cpu" else {}),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         **settings,

@@ -1,8 +1,10 @@
-"""The fused kernel for GPUs: inner products of experts without writing what they are made of.
+"""For GPUs: inner products of experts in other ways than expert by expert.
 
-- ``fused``: when it is used, and how it proves itself on each machine.
-- ``triton_kernel``: the kernel.
-- ``activations``: the formulas that it knows, and how a module's is recognised.
+- ``fused``: for which experts there are such ways.
+- ``ways``: the three ways, and how the fastest proves itself on each machine.
+- ``triton_kernel``: the fused kernel, which writes nothing of what the inner products are made of.
+- ``at_once``: the products over many experts at once.
+- ``activations``: the formulas that both know, and how a module's is recognised.
 """
 
 import os

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from densemixer_core.kernel import INTERPRETED
 from densemixer_core.kernel.activations import Activation
+from densemixer_core.kernel.ways import trial_tokens
 
 
 def _configs() -> list[Any]:
@@ -78,9 +79,20 @@ def _activate(z, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
         return tl.maximum(z, 0.0) * tl.maximum(z, 0.0)
 
 
+@triton.jit
+def _hidden(
+    a, b, GATED: tl.constexpr, FUNCTION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr, OFFSET: tl.constexpr
+):
+    """The down projection's input, of gates and up values; without gates, of a alone."""
+    if GATED:
+        return _activate(tl.minimum(a, LIMIT), FUNCTION, ALPHA) * (tl.minimum(tl.maximum(b, -LIMIT), LIMIT) + OFFSET)
+    else:
+        return _activate(a, FUNCTION, ALPHA)
+
+
 # Triton adds the tensors' dtypes to the key.
-@triton.autotune(_configs(), key=["experts", "up_in", "HIDDEN", "FFN", "GATED", "STEP", "PRECISION"])
-@triton.jit(do_not_specialize=["tokens"])
+@triton.autotune(_configs(), key=["about", "experts", "up_in", "HIDDEN", "FFN", "GATED", "STEP", "PRECISION"])
+@triton.jit(do_not_specialize=["tokens", "about"])
 def _dots(
     x,  # [tokens, HIDDEN]
     g,  # [tokens, HIDDEN]
@@ -89,6 +101,7 @@ def _dots(
     up_bias,  # [experts, width]
     out,  # [experts, tokens]
     tokens,
+    about,  # so many tokens: for the autotuning alone
     experts,
     up_expert,  # strides from here on
     up_in,
@@ -156,20 +169,20 @@ def _dots(
             a += _load(bias, columns < FFN - f, MASKED).to(COMPUTED).to(tl.float32)[None, :]
             if GATED:
                 b += _load(bias + SHIFT, columns < FFN - f, MASKED).to(COMPUTED).to(tl.float32)[None, :]
-        if GATED:
-            hidden = _activate(tl.minimum(a, LIMIT), FUNCTION, ALPHA)
-            hidden *= tl.minimum(tl.maximum(b, -LIMIT), LIMIT) + OFFSET
-        else:
-            hidden = _activate(a, FUNCTION, ALPHA)
+        hidden = _hidden(a, b, GATED, FUNCTION, ALPHA, LIMIT, OFFSET)
         dots += tl.sum(hidden * p, 1)
     tl.store(out + expert * tokens + start + rows, dots, mask=rows < left)
 
 
-def constants(hidden: int, ffn: int, activation: Activation, biased: bool) -> dict[str, Any]:
-    """What a kernel is compiled for, besides its tiles."""
+OPTIONS = {"enable_fp_fusion": False}
+"""A product is rounded before it is added to something, under each version of Triton: their defaults differ. (Matrix
+products on tensor cores know no other way.)"""
+
+
+def formula_constants(ffn: int, activation: Activation, biased: bool) -> dict[str, Any]:
+    """What an activation is compiled for."""
     interleaved = activation.gate == "interleaved"
     return {
-        "HIDDEN": hidden,
         "FFN": ffn,
         "GATED": activation.gate is not None,
         "STEP": 2 if interleaved else 1,
@@ -179,6 +192,13 @@ def constants(hidden: int, ffn: int, activation: Activation, biased: bool) -> di
         "ALPHA": activation.alpha,
         "LIMIT": activation.limit,
         "OFFSET": activation.offset,
+    }
+
+
+def constants(hidden: int, ffn: int, activation: Activation, biased: bool) -> dict[str, Any]:
+    """What the kernel is compiled for, besides its tiles."""
+    return formula_constants(ffn, activation, biased) | {
+        "HIDDEN": hidden,
         "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
         "WIDEN": INTERPRETED,
     }
@@ -220,9 +240,11 @@ def launch(
             x if up_bias is None else up_bias.contiguous(),
             out,
             tokens,
+            trial_tokens(tokens),
             experts,
             *up.stride(),
             *down.stride(),
             **constants(hidden, ffn, activation, biased=up_bias is not None),
+            **OPTIONS,
         )
     return out

@@ -1,55 +1,28 @@
-"""The fused kernel in Triton's interpreter, on the CPU. `test_kernel.py` runs it, in a process of its own.
+"""The fused kernel and all experts at once in Triton's interpreter, on the CPU.
 
-Triton reads TRITON_INTERPRET=1 when it is imported, and it holds for all of a process.
+`test_kernel.py` runs it, in a process of its own: Triton reads TRITON_INTERPRET=1 when it is imported, and it holds for
+all of a process.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import logging
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import oracle
 import pytest
 import torch
+from interpreting import ELSEWHERE, FORMULAS, RAGGED, TRIAL, both, make
 from layers import Case, Layer
+from test_straight_through import LiveBytes
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from densemixer_core import Activation, DenseMixerConfig, StackedExperts, expert_dots
-from densemixer_core.kernel import fused, triton_kernel
+from densemixer_core import DenseMixerConfig, StackedExperts
+from densemixer_core.kernel import at_once
 
-FORMULAS = {
-    "concatenated": Activation("silu", "concatenated"),
-    "interleaved": Activation("gelu", "interleaved", offset=1.0),
-    "clamped": Activation("silu", "interleaved", alpha=1.702, limit=2.0, offset=1.0),
-    "ungated": Activation("relu"),
-    "ungated, squared": Activation("relu2"),
-    "ungated, tanh": Activation("gelu_tanh"),
-}
-# Three tiles of tokens, in two groups, and two of columns and of the hidden dimension; none of them full.
-RAGGED = Case(tokens=37, hidden=20, ffn=18, experts=2, k=1)
-
-
-@pytest.fixture(autouse=True)
-def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The number of tokens of each launch of the kernel."""
-    seen: list[int] = []
-    launch = triton_kernel.launch
-
-    def counted(x: Tensor, *rest: object) -> Tensor:
-        seen.append(len(x))
-        return launch(x, *rest)
-
-    monkeypatch.setattr(triton_kernel, "launch", counted)
-    monkeypatch.setattr(fused, "_used", {})
-    return seen
-
-
-def make(case: Case, dtype: torch.dtype = torch.float32) -> Layer:
-    layer = Layer(case, dtype)
-    layer.layout = dataclasses.replace(layer.layout, formula=FORMULAS[case.activation])
-    return layer
+pytest_plugins = ["interpreting"]
 
 
 @torch.no_grad()
@@ -58,16 +31,6 @@ def truth_of(layer: Layer) -> Tensor:
     exact.weights = type(layer.weights)(*(None if w is None else w.double() for w in layer.weights))
     x, g = layer.x.double(), layer.g.double()
     return torch.stack([(exact.expert(j, x) * g).sum(-1) for j in range(layer.case.scored)], 1)
-
-
-@torch.no_grad()
-def both(layer: Layer, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-    """By the kernel and by the matrix products."""
-    known, unknown = layer.layout, dataclasses.replace(layer.layout, formula=None)
-    fused_, products = (
-        expert_dots(layer.x, layer.g, StackedExperts(layer.weights, layout), dtype) for layout in (known, unknown)
-    )
-    return fused_, products
 
 
 def assert_as_good(layer: Layer, kernel: Tensor, products: Tensor, dtype: torch.dtype) -> None:
@@ -81,6 +44,7 @@ def assert_as_good(layer: Layer, kernel: Tensor, products: Tensor, dtype: torch.
     assert not torch.equal(kernel, products)
 
 
+@pytest.mark.parametrize("way", ELSEWHERE)
 @pytest.mark.parametrize(
     ("change", "dtype"),
     [
@@ -100,11 +64,57 @@ def assert_as_good(layer: Layer, kernel: Tensor, products: Tensor, dtype: torch.
     ],
     ids=str,
 )
-def test_inner_products(change: dict[str, object], dtype: torch.dtype, launches: list[int]) -> None:
+def test_inner_products(
+    change: dict[str, object],
+    dtype: torch.dtype,
+    way: str,
+    launches: dict[str, list[int]],
+    be_fastest: Callable[[str], None],
+) -> None:
+    be_fastest(way)
     layer = make(dataclasses.replace(RAGGED, **change), dtype)
-    kernel, products = both(layer)
-    assert launches == [fused._TRIAL_TOKENS, layer.case.tokens]
-    assert_as_good(layer, kernel, products, dtype)
+    ours, products = both(layer)
+    assert launches == {name: [TRIAL, layer.case.tokens] if name == way else [TRIAL] for name in ELSEWHERE}
+    assert_as_good(layer, ours, products, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bound", [1, 1000, 4000, 1 << 28])
+def test_all_at_once_in_every_memory_bound(bound: int, dtype: torch.dtype, be_fastest: Callable[[str], None]) -> None:
+    """In parts of one token, of one expert, of several experts that aren't all, and whole."""
+    be_fastest("all at once")
+    layer = make(dataclasses.replace(RAGGED, tokens=5, experts=3, bias=True))
+    ours, products = both(layer, dtype, bound)
+    torch.testing.assert_close(ours, products, rtol=0, atol=10 * torch.finfo(dtype).eps * products.abs().max().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bound", [1 << 13, 1 << 16])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_temporaries_of_all_at_once_stay_below_the_bound(
+    bound: int, rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Among them the copies of weights that another dtype takes, of all experts but one.
+
+    Without the kernel, which makes no tensor: the interpreter holds on to those of its last call.
+    """
+    monkeypatch.setattr(at_once, "_epilogue", collections.defaultdict(lambda: lambda *args, **kwargs: None))
+    layer = make(Case(64, hidden=32, ffn=16, experts=6, bias=True))
+    x, g = (tensor.to(torch.float16 if rounded else torch.float32) for tensor in (layer.x, layer.g))
+    up, down, up_bias, *_ = layer.weights
+    with LiveBytes() as live:
+        at_once.launch(x, g, up, down, up_bias, FORMULAS["concatenated"], False, bound)
+    copy_of_one = (2 * 16 + 16) * 32 * 2 if rounded else 0
+    assert bound / 8 < live.peak - 4 * 64 * 6 - copy_of_one <= bound
+
+
+@pytest.mark.parametrize("way", ELSEWHERE)
+def test_up_projections_without_a_down_projection_are_unused(way: str, be_fastest: Callable[[str], None]) -> None:
+    be_fastest(way)
+    layer, wider = make(RAGGED), make(RAGGED)
+    up = layer.weights.up
+    wider.weights = layer.weights._replace(up=torch.cat([up, up]))
+    assert torch.equal(both(wider)[0], both(layer)[0])
 
 
 def test_half_precision_is_better_than_the_products() -> None:
@@ -124,66 +134,16 @@ def test_weights_are_rounded_as_under_autocast() -> None:
     assert_as_good(layer, kernel, products, torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("change", "dtype"),
-    [(dict(), torch.float64), (dict(post_norm=True), torch.float32), (dict(tokens=0), torch.float32)],
-    ids=str,
-)
-def test_products_where_the_kernel_does_not_reach(
-    change: dict[str, object], dtype: torch.dtype, launches: list[int]
-) -> None:
-    kernel, products = both(make(dataclasses.replace(RAGGED, **change), dtype))
-    assert torch.equal(kernel, products)
-    assert not launches
-
-
-def test_products_where_algorithms_must_be_deterministic(launches: list[int]) -> None:
-    torch.use_deterministic_algorithms(True)
-    try:
-        kernel, products = both(make(RAGGED))
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert torch.equal(kernel, products)
-    assert not launches
-
-
-def test_it_is_proved_once_for_each_shape(launches: list[int]) -> None:
-    layer, wider = make(RAGGED), make(dataclasses.replace(RAGGED, ffn=19))
-    for each in (layer, layer, wider, layer):
-        both(each)
-    trial = fused._TRIAL_TOKENS
-    assert launches == [trial, 37, 37, trial, 37, 37]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (lambda right: right * 1.1, "is off by 0.1"),
-        (lambda right: right * float("nan"), "is off by nan"),
-        (lambda right: right.does_not_exist, "doesn't run, so they are computed one by one: AttributeError"),
-    ],
-)
-def test_a_kernel_that_fails_its_proof_is_not_used(
-    wrong, message: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    launch = triton_kernel.launch
-    monkeypatch.setattr(triton_kernel, "launch", lambda *arguments: wrong(launch(*arguments)))
-    layer = make(dataclasses.replace(RAGGED, tokens=3))
-    with caplog.at_level(logging.WARNING, "densemixer"):
-        for _ in range(2):
-            kernel, products = both(layer)
-            torch.testing.assert_close(kernel, products)
-    assert [message in record.message for record in caplog.records] == [True]
-
-
+@pytest.mark.parametrize("way", ELSEWHERE)
 @pytest.mark.parametrize("estimator", ["densemixer", "centered"])
-def test_gradients(estimator: str, launches: list[int]) -> None:
+def test_gradients(estimator: str, way: str, launches: dict[str, list[int]], be_fastest: Callable[[str], None]) -> None:
+    be_fastest(way)
     layer = make(dataclasses.replace(RAGGED, tokens=20, experts=4, k=2))
     exact = Layer(layer.case)
     exact.x, exact.router, exact.g = layer.x.double(), layer.router.double(), layer.g.double()
     exact.weights = type(layer.weights)(*(None if w is None else w.double() for w in layer.weights))
     ours, truth = layer.ours(DenseMixerConfig(estimator)), exact.truth(estimator)
-    assert launches[-1] == 20
+    assert launches[way][-1] == 20
     for name, expected in truth.items():
         assert oracle.worst_error(ours[name], expected) <= 1e-5, name
 
@@ -195,7 +155,7 @@ def test_the_operator_keeps_the_rules_of_torch() -> None:
     torch.library.opcheck(torch.ops.densemixer.fused_expert_dots.default, arguments)
 
 
-def test_compiled_into_one_graph(launches: list[int]) -> None:
+def test_compiled_into_one_graph(launches: dict[str, list[int]]) -> None:
     """Forward and backward without a break; with other numbers of tokens, one more graph at most."""
     layer = make(dataclasses.replace(RAGGED, tokens=20, experts=4, k=2))
     index, weights = layer.index, layer.host()[2].detach()
@@ -227,5 +187,5 @@ def test_compiled_into_one_graph(launches: list[int]) -> None:
         (eager,) = torch.autograd.grad(loss(x[:tokens], layer.g[:tokens]), layer.router)
         torch.testing.assert_close(ours, eager)
     assert counters["stats"]["unique_graphs"] <= 2
-    assert launches.count(17) == 2
+    assert launches["fused kernel"].count(17) == 2
     assert not torch.equal(expected, ours)

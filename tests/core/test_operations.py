@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from layers import Case, Layer
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from densemixer_core import DenseMixerConfig
+from densemixer_core import DenseMixerConfig, ExpertWeights, StackedExperts, router_scores, straight_through
 
 CASE = Case(tokens=64, hidden=16, ffn=8, experts=12, k=2)
 
@@ -64,3 +68,40 @@ def test_the_number_of_calls_grows_with_experts_and_not_with_tokens() -> None:
 
     assert count(64, 8, 1) == count(256, 8, 1) < count(64, 16, 1)
     assert count(64, 8, 0.25) == count(256, 8, 0.25)
+
+
+@pytest.mark.parametrize("estimator", ["densemixer", "centered"])
+@pytest.mark.parametrize("budget", [1, 0.25])
+@pytest.mark.parametrize(
+    "change",
+    [dict(), dict(bias=True, scale=True, identities=1, zeros=1), dict(apart=True), dict(post_norm=True)],
+    ids=str,
+)
+def test_nothing_is_made_on_another_device(change: dict[str, Any], budget: float, estimator: str) -> None:
+    """On one that isn't the CPU and has shapes without numbers; there, tensors of two devices don't mix."""
+    layer = Layer(
+        Case(tokens=64, hidden=16, ffn=8, **change), torch.bfloat16
+    )  # all that torch groups products of there
+
+    def there(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta").requires_grad_(tensor.requires_grad)
+
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        x, router, g = map(there, (layer.x, layer.router, layer.g))
+        index = torch.zeros(64, layer.case.k, dtype=torch.int64, device="meta")
+        scores = router_scores(x @ router.t(), "softmax")
+        through = straight_through(
+            torch.zeros_like(x),
+            scores,
+            x=x,
+            index=index,
+            weights=scores.detach().gather(1, index),
+            experts=StackedExperts(ExpertWeights(*(w if w is None else there(w) for w in layer.weights)), layer.layout),
+            score="softmax",
+            renormalised=True,
+            config=DenseMixerConfig(estimator, budget=budget),
+        )
+        (gradient,) = torch.autograd.grad(through, router, g)
+        assert (gradient.shape, gradient.device.type) == (router.shape, "meta")
+        with pytest.raises(RuntimeError, match="device"):
+            gradient + torch.zeros(router.shape)

@@ -142,7 +142,7 @@ def train(
         HERE / "train_megatron.py",
         folder / "report.json",
         str(folder / "runs.json"),
-        ranks=ranks,
+        ranks=ranks if ranks > 1 else 0,
         PYTHONPATH=os.pathsep.join(str(path) for path in paths if str(path)),
         HUGGINGFACE_AUTOMAP_CACHE=str(folder / "cache"),
     )

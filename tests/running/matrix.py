@@ -192,6 +192,14 @@ def report_of(script: str, version: str) -> Path:
     return REPORTS / f"{version}-{script}.json"
 
 
+def _ranks() -> int:
+    """Two; on GPUs as many as there are of them, if there is only one."""
+    import torch
+    from device import DEVICE
+
+    return min(2, torch.cuda.device_count()) if DEVICE == "cuda" else 2
+
+
 def run(script: str, cells: Collection[str] = ()) -> dict[str, Any]:
     """Run cells of a script of this folder, by default all of them. It leaves its report in ``outputs/running``."""
     from ranks import run_script  # not there where `matrix_table` alone runs
@@ -199,6 +207,6 @@ def run(script: str, cells: Collection[str] = ()) -> dict[str, Any]:
     report = report_of(script, installed())
     report.parent.mkdir(parents=True, exist_ok=True)
     report.unlink(missing_ok=True)
-    settings = {"ranks": 2 if script == "two_ranks" else 1, **SETTINGS.get(script, {})}
+    settings = {"ranks": _ranks() if script == "two_ranks" else 0, **SETTINGS.get(script, {})}
     found: dict[str, Any] = run_script(HERE / f"{script}.py", report, *cells, **settings)
     return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import trainers
+from device import DEVICE
 from runs import loss_of, selections
 from setting import (
     FAMILIES,
@@ -46,9 +47,9 @@ def plain(kind: str = "none", micro_batches: int = 1, offload: bool = False, fam
 
 def autocast(dtype: torch.dtype, kind: str = "none", scale: float | None = None) -> Result:
     def step(model: nn.Module) -> None:
-        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        scaler = torch.amp.GradScaler(DEVICE, init_scale=scale or 1.0, enabled=scale is not None)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             loss = loss_of(model, batch())
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from device import DEVICE
 from runs import loss_of
 from setting import Gradients, batch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def backward(model: nn.Module, micro_batches: int = 1, last: Callable[[bool], An
 def wrap_fsdp1(model: nn.Module, wrap: tuple[str, ...], **options: Any) -> FullyShardedDataParallel:
     classes = {type(module) for module in model.modules() if type(module).__name__.endswith(wrap)}
     return FullyShardedDataParallel(
-        model, auto_wrap_policy=ModuleWrapPolicy(classes), device_id=torch.device("cpu"), **options
+        model, auto_wrap_policy=ModuleWrapPolicy(classes), device_id=torch.device(DEVICE), **options
     )
 
 

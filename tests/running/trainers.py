@@ -17,6 +17,7 @@ from typing import Any
 import oracle
 import torch
 from datasets import Dataset
+from device import DEVICE
 from runs import selections
 from setting import FAMILY, Gradients, Result, batch, build, gradients_of, judge
 from tokenizers import Tokenizer
@@ -116,7 +117,7 @@ def common(folder: str, micro_batches: int = 1, checkpointing: bool = False) -> 
         "max_steps": 1,
         "max_grad_norm": 0.0,
         "bf16": False,
-        "use_cpu": True,
+        "use_cpu": DEVICE == "cpu",
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,

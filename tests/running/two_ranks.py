@@ -16,6 +16,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import transformers
+from device import BACKEND, DEVICE
 from packaging.version import Version
 from running.sharded import ddp, fsdp1, fsdp2, half_fsdp1, half_fsdp2
 from running.shares import backward
@@ -98,7 +99,9 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
 
 
 def main(report: Path, *names: str) -> None:
-    deepspeed.init_distributed("gloo")
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(BACKEND)
     run(chosen(cells(), names), report, write=dist.get_rank() == 0)
     sys.stdout.flush()
     os._exit(0)  # threads of gloo may outlive what they belong to

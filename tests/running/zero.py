@@ -12,6 +12,7 @@ import transformers
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState, PartialState
 from deepspeed.utils import get_z3_leaf_modules, safe_get_full_grad
+from device import BACKEND
 from families import tokens
 from running.shares import my_share
 from runs import loss_of
@@ -93,14 +94,15 @@ def zero_with_accelerate() -> Result:
 
 
 def zero_trainer(model: Any, learning_rate: float, *callbacks: Any, **options: Any) -> transformers.Trainer:
-    """The HF Trainer with ZeRO-3 and plain SGD, for this rank's half of the batch in each step."""
+    """The HF Trainer with ZeRO-3 and plain SGD, for this rank's share of the batch in each step."""
     # Without a GPU, the Trainer's own accelerate would take each rank for the only one.
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    PartialState(backend="gloo")
+    PartialState(backend=BACKEND)
+    share = len(my_share())
     arguments = transformers.TrainingArguments(
         tempfile.mkdtemp(),
-        deepspeed={**zero_config(3), "gradient_clipping": 0.0},
-        per_device_train_batch_size=2,
+        deepspeed={**zero_config(3), "gradient_clipping": 0.0, "train_micro_batch_size_per_gpu": share},
+        per_device_train_batch_size=share,
         optim="sgd",
         learning_rate=learning_rate,
         lr_scheduler_type="constant",

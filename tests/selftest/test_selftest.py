@@ -57,19 +57,24 @@ def test_green_as_it_is() -> None:
     assert status == 0, [outcome for outcome in outcomes if outcome["state"] == "failed"]
     for check in ("products", "gradients", "compile", "expert parallelism", "speed"):
         assert "ok" in states(outcomes, check), check
-    assert states(outcomes, "kernel") == {"skipped"}
+    assert states(outcomes, "kernel") == states(outcomes, "ways") == {"skipped"}
     implementations = {outcome["case"].split(",")[0] for outcome in outcomes if outcome["check"] == "gradients"}
     assert implementations >= {"eager", "grouped_mm"}
 
 
 @pytest.mark.skipif(not is_installed("triton"), reason="needs triton; run `nox -s transformers`")
 def test_a_broken_kernel(tmp_path: Path) -> None:
-    """That it is green as it is, `tests/core/test_kernel.py` shows by more."""
-    file = "densemixer_core/kernel/triton_kernel.py"
-    broken = with_fault(tmp_path, file, "dots += tl.sum(hidden * p, 1)", "dots += 1.05 * tl.sum(hidden * p, 1)")
-    status, outcomes = selftest("kernel", code=broken, TRITON_INTERPRET="1")
+    """In a line that both kernels have, so both are seen to be compared; green they are in `tests/core`."""
+    file, right = "densemixer_core/kernel/triton_kernel.py", "return z * tl.sigmoid(ALPHA * z)"
+    broken = with_fault(tmp_path, file, right, f"{right} * 1.05")
+    status, outcomes = selftest("kernel", "ways", code=broken, TRITON_INTERPRET="1")
     assert status == 1
     assert states(outcomes, "kernel") == {"failed"}
+    names = {"fused kernel", "all at once", "one by one"}
+    assert {outcome["case"].split(", ")[0] for outcome in outcomes if outcome["check"] == "kernel"} == names - {
+        "one by one"
+    }
+    assert {outcome["case"].split(", ")[-1] for outcome in outcomes if outcome["check"] == "ways"} == names
 
 
 def test_a_wrong_layout_of_weights(tmp_path: Path) -> None:

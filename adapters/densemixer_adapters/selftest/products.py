@@ -1,7 +1,8 @@
-"""The core's inner products against float64: both orientations of weights, biases, a budget; and the fused kernel."""
+"""The core's inner products against float64: both orientations of weights, biases, a budget; and the other ways."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Literal
 
@@ -12,6 +13,7 @@ from densemixer_adapters.selftest.outcome import Outcome, compared
 from densemixer_adapters.selftest.reference import relative_error
 from densemixer_core import Activation, ExpertLayout, ExpertWeights, Known, StackedExperts, expert_dots, sampled_dots
 from densemixer_core.kernel import INTERPRETED
+from densemixer_core.kernel.ways import ONE_BY_ONE, ways
 
 TOKENS, HIDDEN, FFN, EXPERTS = 96, 64, 32, 8
 SILU = Activation("silu", "concatenated")
@@ -20,7 +22,7 @@ _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 def experts(dtype: torch.dtype, device: str, transposed: bool, biased: bool, formula: bool = False) -> StackedExperts:
-    """Random ones. Without ``formula`` the fused kernel doesn't compute them."""
+    """Random ones. Without ``formula`` only the products one by one compute them."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int) -> Tensor:
@@ -88,25 +90,32 @@ def check_kernel(device: str) -> Iterator[Outcome]:
     if device == "cpu" and not INTERPRETED:
         yield Outcome("kernel", "fused kernel", "skipped", "needs a GPU; TRITON_INTERPRET=1 tries it on a CPU, slowly")
         return
-    try:
-        from densemixer_core.kernel.triton_kernel import launch
-    except ImportError as error:
-        yield Outcome("kernel", "fused kernel", "skipped", f"needs triton: {error}")
+    if importlib.util.find_spec("triton") is None:
+        yield Outcome("kernel", "fused kernel", "skipped", "needs triton")
         return
     dtypes = [torch.float32] if INTERPRETED else [*_TOLERANCE]  # the interpreter computes in float32 anyway
     for dtype in dtypes:
         for transposed in (False, True):
-            stacked = experts(dtype, device, transposed, biased=transposed)
-            up, down, up_bias, down_bias, *_ = stacked.weights
-            x, g = rows(dtype, device)
-            case = f"{str(dtype).removeprefix('torch.')}, {'[in, out] with biases' if transposed else '[out, in]'}"
-            try:
-                dots = launch(x, g, up, down, up_bias, SILU, transposed)
-            except Exception as error:  # of Triton's compiler, the driver, memory: there are many kinds
-                yield Outcome("kernel", case, "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}")
-                continue
-            if down_bias is not None:
-                dots = dots + down_bias.float() @ g.float().t()
-            tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-            allowed = _TOLERANCE[torch.float16 if tf32 else dtype]
-            yield compared("kernel", case, relative_error(dots.t(), truth(x, g, stacked)), allowed)
+            yield from _elsewhere(dtype, device, transposed)
+
+
+def _elsewhere(dtype: torch.dtype, device: str, transposed: bool) -> Iterator[Outcome]:
+    """Each way but that of the products one by one."""
+    stacked = experts(dtype, device, transposed, biased=transposed, formula=True)
+    x, g = rows(dtype, device)
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    allowed = _TOLERANCE[torch.float16 if tf32 else dtype]
+    layout = f"{str(dtype).removeprefix('torch.')}, {'[in, out] with biases' if transposed else '[out, in]'}"
+    for name, way in ways(stacked, 1 << 28).items():
+        if name == ONE_BY_ONE:
+            continue
+        try:
+            dots = way(x, g)
+        except Exception as error:  # of Triton's compiler, the driver, memory: there are many kinds
+            yield Outcome(
+                "kernel", f"{name}, {layout}", "failed", f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            )
+            continue
+        if (bias := stacked.weights.down_bias) is not None:
+            dots = dots + bias.float() @ g.float().t()
+        yield compared("kernel", f"{name}, {layout}", relative_error(dots.t(), truth(x, g, stacked)), allowed)

@@ -1,18 +1,21 @@
-"""What a step of one layer takes: conventional, exact and with budgets, in turns; and the rate of plain products."""
+"""What a step of one layer takes: conventional, exact and with budgets, in turns; and the ways to evaluate experts."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from densemixer_adapters.selftest.gradients import step, tiny_model, tokens
 from densemixer_adapters.selftest.outcome import Outcome
+from densemixer_adapters.selftest.products import SILU
 from densemixer_adapters.transformers import apply_densemixer
-from densemixer_core import DenseMixerConfig
+from densemixer_core import DenseMixerConfig, ExpertLayout, ExpertWeights, StackedExperts
+from densemixer_core.kernel import INTERPRETED
+from densemixer_core.kernel.ways import ways
 
 BUDGETS = {"exact": 1.0, "budget 1/8": 1 / 8, "budget 1/32": 1 / 32}
 ROUNDS = 7
@@ -36,13 +39,7 @@ def check_speed(device: str) -> Iterator[Outcome]:
     a, b = torch.randn(2, 1024, 1024, device=device, dtype=dtype)
     runs: dict[str, Callable[[], Any]] = {name: lambda layer=layer: step(layer, x, g) for name, layer in layers.items()}  # type: ignore[misc]
     runs["matmul"] = lambda: [a @ b for _ in range(16)]
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(ROUNDS + 1):
-        for name, run in runs.items():
-            taken = _seconds(run, device)
-            if turn:  # warm by then
-                seconds[name].append(taken)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+    median = _in_turns(runs, device)
     rate = 16 * 2 * 1024**3 / median.pop("matmul")
     case = f"one layer, hidden {hidden}, ffn {ffn}, 128 experts, top-8, {count} tokens"
     yield Outcome("speed", "products of 1024 x 1024", "ok", f"{rate / 1e9:.0f} GFLOP/s")
@@ -52,6 +49,36 @@ def check_speed(device: str) -> Iterator[Outcome]:
         yield Outcome("speed", f"the same, {name}", "ok", f"{1e3 * median[name]:.1f} ms, {ratio:.2f}x")
     plain, ours = (_saved(layers[name], x, g) for name in ("conventional", "exact"))
     yield Outcome("speed", "kept until the backward", "ok", f"{(ours - plain) / count:.0f} bytes a token more")
+
+
+@torch.no_grad()
+def check_ways(device: str) -> Iterator[Outcome]:
+    """The inner products of such a layer by each way that there is; which is used is found like this."""
+    if device == "cpu" and not INTERPRETED:
+        yield Outcome("ways", "fused kernel, all at once", "skipped", "needs a GPU: a CPU computes experts one by one")
+        return
+    hidden, ffn, count, held = (2048, 768, 4096, 128) if device == "cuda" else (32, 16, 16, 2)
+    x, g = (rows[0] for rows in tokens(torch.bfloat16, device, count, hidden))
+    up = torch.randn(held, 2 * ffn, hidden, device=device).to(x) / hidden**0.5
+    down = torch.randn(held, hidden, ffn, device=device).to(x) / ffn**0.5
+    stacked = StackedExperts(ExpertWeights(up, down), ExpertLayout(SILU, formula=SILU))
+    runs = {name: lambda way=way: way(x, g) for name, way in ways(stacked, 1 << 28).items()}
+    for name, seconds in _in_turns(runs, device).items():
+        rate = 6 * count * held * hidden * ffn / seconds
+        yield Outcome(
+            "ways", f"{held} experts, {count} tokens, {name}", "ok", f"{1e3 * seconds:.2f} ms, {rate / 1e9:.0f} GFLOP/s"
+        )
+
+
+def _in_turns(runs: Mapping[str, Callable[[], Any]], device: str) -> dict[str, float]:
+    """The median of each one's seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(ROUNDS + 1):
+        for name, run in runs.items():
+            taken = _seconds(run, device)
+            if turn:  # warm by then
+                seconds[name].append(taken)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _seconds(run: Callable[[], Any], device: str) -> float:

@@ -15,6 +15,7 @@ CHECKS: dict[str, Callable[[str], Iterator[Outcome]]] = {
     "gradients": gradients.check_gradients,
     "compile": gradients.check_compile,
     "expert parallelism": spread.check_spread,
+    "ways": speed.check_ways,
     "speed": speed.check_speed,
 }
 """By name, what matters most first."""

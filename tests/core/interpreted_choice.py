@@ -1,0 +1,111 @@
+"""Which way is used, in Triton's interpreter; as `interpreted.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+from interpreting import ELSEWHERE, RAGGED, TRIAL, both, make
+
+from densemixer_core.kernel import fused, ways
+
+pytest_plugins = ["interpreting"]
+
+
+@pytest.mark.parametrize(
+    ("change", "dtype"),
+    [(dict(), torch.float64), (dict(post_norm=True), torch.float32), (dict(tokens=0), torch.float32)],
+    ids=str,
+)
+def test_products_where_the_kernel_does_not_reach(
+    change: dict[str, object], dtype: torch.dtype, launches: dict[str, list[int]]
+) -> None:
+    kernel, products = both(make(dataclasses.replace(RAGGED, **change), dtype))
+    assert torch.equal(kernel, products)
+    assert not any(launches.values())
+
+
+def test_products_where_algorithms_must_be_deterministic(launches: dict[str, list[int]]) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        kernel, products = both(make(RAGGED))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(kernel, products)
+    assert not any(launches.values())
+
+
+def test_it_is_proved_once_for_each_shape(launches: dict[str, list[int]]) -> None:
+    layer, wider = make(RAGGED), make(dataclasses.replace(RAGGED, ffn=19))
+    for each in (layer, layer, wider, layer):
+        both(each)
+    assert launches == {"fused kernel": [TRIAL, 37, 37, TRIAL, 37, 37], "all at once": [TRIAL, TRIAL]}
+
+
+def test_it_is_proved_for_each_size_of_step(monkeypatch: pytest.MonkeyPatch, be_fastest: Callable[[str], None]) -> None:
+    """A step of few tokens may be faster in another way than one of many."""
+    monkeypatch.setattr(ways, "_MOST", 32)
+    assert [ways.trial_tokens(tokens) for tokens in (1, 16, 17, 32, 33, 5000)] == [16, 16, 32, 32, 32, 32]
+    seen = []
+    for tokens, way in ((37, "all at once"), (3, "fused kernel"), (30, "one by one"), (16, "one by one")):
+        be_fastest(way)
+        both(make(dataclasses.replace(RAGGED, tokens=tokens)))
+        seen.append([*fused._chosen.values()])
+    assert seen[0] == ["all at once"]
+    assert seen[1] == seen[2] == seen[3] == ["all at once", "fused kernel"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda right: right * 1.1, "is off by 0.1"),
+        (lambda right: right * float("nan"), "is off by nan"),
+        (lambda right: right.does_not_exist, "doesn't run, so it isn't used: AttributeError"),
+    ],
+)
+@pytest.mark.parametrize("way", ELSEWHERE)
+def test_a_way_that_fails_its_proof_is_not_used(
+    wrong,
+    message: str,
+    way: str,
+    be_fastest: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    be_fastest(way)
+    launch = ELSEWHERE[way].launch
+    monkeypatch.setattr(ELSEWHERE[way], "launch", lambda *arguments: wrong(launch(*arguments)))
+    layer = make(dataclasses.replace(RAGGED, tokens=3))
+    with caplog.at_level(logging.WARNING, "densemixer"):
+        for _ in range(2):
+            ours, products = both(layer)
+            torch.testing.assert_close(ours, products, rtol=1e-4, atol=1e-4)
+    assert [f"{way} {message}" in record.message for record in caplog.records] == [True]
+
+
+def test_one_by_one_where_nothing_else_is_right(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in ELSEWHERE.values():
+        monkeypatch.setattr(module, "launch", lambda *arguments: 1 / 0)
+    with caplog.at_level(logging.INFO, "densemixer"):
+        ours, products = both(make(RAGGED))
+    assert torch.equal(ours, products)
+    assert caplog.records[-1].message.endswith("one by one 0 ms; computed one by one from now on")
+
+
+@pytest.mark.parametrize("way", [*ELSEWHERE, "one by one"])
+def test_the_log_says_which_is_used(
+    way: str, be_fastest: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    be_fastest(way)
+    with caplog.at_level(logging.INFO, "densemixer"):
+        ours, products = both(make(RAGGED))
+    assert torch.equal(ours, products) == (way == "one by one")
+    (record,) = caplog.records
+    for name in (*ELSEWHERE, "one by one"):
+        assert f"{name} {1 if name == way else 2} ms" in record.message
+    assert record.message.endswith(f"computed {way} from now on")
