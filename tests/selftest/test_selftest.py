@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,8 @@ import torch
 import torch.distributed as dist
 from installs import is_installed
 
-from densemixer_adapters.selftest import spread
+from densemixer_adapters.cli.app import SELFTEST_CHECKS
+from densemixer_adapters.selftest import CHECKS, spread
 from densemixer_adapters.selftest.reference import relative_error
 
 ROOT = Path(__file__).parents[2]
@@ -130,6 +132,11 @@ def test_an_error_in_a_check_is_its_outcome(tmp_path: Path) -> None:
     assert status == 1
     assert [(outcome["check"], outcome["state"]) for outcome in outcomes] == [("products", "failed")]
     assert "NameError" in outcomes[0]["found"]
+
+
+def test_the_help_names_the_checks() -> None:
+    for name in CHECKS:
+        assert re.search(rf"\b{name}\b", SELFTEST_CHECKS)
 
 
 def test_a_check_that_does_not_exist() -> None:

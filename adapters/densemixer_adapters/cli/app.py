@@ -30,6 +30,9 @@ COST_HEADS = (
     "the same,\ncheckpointed",
     *(f"{estimator}:\ncosine" for estimator in ESTIMATORS),
 )
+SELFTEST_CHECKS = (
+    "Of products, kernel, gradients, compile, 'expert parallelism', ways, speed. All of them if none is named."
+)
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -225,9 +228,7 @@ def report(
 
 @app.command()
 def selftest(
-    checks: Annotated[
-        list[str] | None, typer.Argument(metavar="[CHECK]...", help="All of them if none is named.")
-    ] = None,
+    checks: Annotated[list[str] | None, typer.Argument(metavar="[CHECK]...", help=SELFTEST_CHECKS)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcomes as JSON.")] = False,
 ) -> None:
     """Check on this machine that the gradients are right, and measure what a step costs. Takes two minutes or less.
