@@ -63,7 +63,7 @@ deterministic cumulative sum of others. Room for 2^28 pairs; what is below 2^-35
 
 
 def share_of_pairs(tokens: int, experts: int, scored: int, selected: int, budget: float) -> int:
-    """How many pairs a budget allows, at least one if there are any, in whole numbers: torch.compile can leave them open.
+    """How many pairs a budget allows, at least one of any; in whole numbers, which torch.compile can leave open.
 
     Args:
         tokens: How many there are.
