@@ -20,6 +20,7 @@ from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
 from densemixer_adapters.transformers.announce import (
     CHANGED_EXPERTS,
+    LOST_GRADIENT,
     OVERFLOW,
     UNREAD_METRICS,
     FrozenRouters,
@@ -183,6 +184,10 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def warn_of_frozen_routers(self) -> None:
         """Log one warning for all layers whose router is frozen now, but once for each."""
         self.frozen_routers.warn()
+
+    def warn_of_lost_gradient(self, router_name: str) -> None:
+        """Log one warning of a router that isn't frozen, and whose output nevertheless has no gradient."""
+        self._warn_once(LOST_GRADIENT, router_name)
 
     def warn_of_unread_metrics(self) -> None:
         """Log one warning that nobody reads the metrics that the options ask for."""
