@@ -36,6 +36,14 @@ OLDEST = "5.5.4"
 """Of transformers, that the adapter works with."""
 
 
+OTHERS = {
+    ("megatron", "MoELayer"): "megatron",
+    ("nemo_automodel", "MoE"): "automodel",
+    ("torchtitan", "MoE"): "torchtitan",
+}
+"""Package and class of Mixture-of-Experts layers that another wing of this package is for."""
+
+
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
     """Train the routers of a transformers model through all of their experts.
 
@@ -82,6 +90,7 @@ def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMix
             "unsloth`, or switch DenseMixer off."
         )
     _refuse_old_versions(model)
+    _refuse_layers_of_others(model)
     layers = list(find_layers(model, config))
     if not layers:
         raise UnsupportedModelError(
@@ -101,6 +110,18 @@ def _refuse_old_versions(model: nn.Module) -> None:
             f"{type(model).__name__}: DenseMixer works with transformers {OLDEST} and newer, and this is {version}. "
             f'pip install "transformers>={OLDEST}", or switch DenseMixer off.'
         )
+
+
+def _refuse_layers_of_others(model: nn.Module) -> None:
+    """Of a framework that has a function of its own, where ours would name another reason."""
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            wing = OTHERS.get((kind.__module__.partition(".")[0], kind.__name__))
+            if wing is not None:
+                raise UnsupportedModelError(
+                    f"{name or 'the model'} ({type(module).__name__}): this apply_densemixer is for layers of "
+                    f"transformers. Take that of densemixer_adapters.{wing}."
+                )
 
 
 def has_experts(model: nn.Module) -> bool:
