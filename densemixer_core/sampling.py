@@ -63,7 +63,7 @@ deterministic cumulative sum of others. Room for 2^28 pairs; what is below 2^-35
 
 
 def share_of_pairs(tokens: int, experts: int, scored: int, selected: int, budget: float) -> int:
-    """How many pairs a budget allows, at least one; in whole numbers, which torch.compile can leave open.
+    """How many pairs a budget allows, at least one of any; in whole numbers, which torch.compile can leave open.
 
     Args:
         tokens: How many there are.
@@ -72,7 +72,7 @@ def share_of_pairs(tokens: int, experts: int, scored: int, selected: int, budget
         selected: How many of these a token goes through: of the experts here in the mean the same part.
         budget: The share of the pairs of a token and an unselected expert.
     """
-    pairs = tokens * experts * (scored - selected) // scored
+    pairs = -(-tokens * experts * (scored - selected) // scored)
     return min(pairs, max(1, (pairs * round(budget * (1 << 20)) + (1 << 19)) // (1 << 20)))
 
 

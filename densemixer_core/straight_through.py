@@ -111,7 +111,8 @@ def straight_through(
     if isinstance(how, _Stacked) and torch.compiler.is_compiling():
         saved += how.kept  # torch.compile follows no other way
         how = dataclasses.replace(how, kept=())
-    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, centered, listener))  # type: ignore[no-untyped-call]
+    half = (how.dtype if isinstance(how, _Stacked) else compute_dtype(x)) == torch.float16
+    carrier = _ScoreGradient.apply(scores, output, tuple(saved), _Call(how, score, config, centered, half, listener))  # type: ignore[no-untyped-call]
     return _HandOn.apply(output, carrier)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -153,12 +154,17 @@ class _Stacked:
 
 @dataclasses.dataclass(frozen=True)
 class _Call:
-    """What the backward needs besides tensors."""
+    """What the backward needs besides tensors.
+
+    Attributes:
+        half: Whether the experts compute in float16, be it that autocast has them do so.
+    """
 
     how: _Stacked | ExpertDots
     score: str
     config: DenseMixerConfig
     centered: bool
+    half: bool
     listener: Listener | None
 
 
@@ -236,16 +242,14 @@ def _extra_gradient(g: Tensor, saved: tuple[Any, ...], call: _Call) -> Tensor:
             call.listener.experts_written_to()
         how = dataclasses.replace(how, kept=tuple(kept)) if kept else how
         dots = how.dots(x, rows, known, index.shape[-1], call.config)
-        half = how.dtype == torch.float16
     else:
         dots = how(x, rows, known)
-        half = x.dtype == torch.float16
     dots = dots.to(factor.dtype)
     if call.centered and known is None:
         # y = c·Σ_selected p_j·E_j(x), and c·(S + ε) is the routed scaling factor.
         mean = (dots.gather(-1, index) * y_or_selected).sum(-1, keepdim=True) / total
     extra = extra_score_gradient(dots, index, factor, mean if call.centered else None)
-    return _without_overflow(extra, x, rows, call.listener) if half else extra
+    return _without_overflow(extra, x, rows, call.listener) if call.half else extra
 
 
 def _mean_of_output(g: Tensor, y: Tensor, weights: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PATCHES = {
     "axolotl.integrations.densemixer.plugin": "densemixer_adapters.axolotl:patch_densemixer_plugin",
+    "axolotl.utils.config": "densemixer_adapters.axolotl_config:patch_config",
     "llamafactory.hparams.finetuning_args": "densemixer_adapters.llamafactory:patch_finetuning_args",
     "llamafactory.model.loader": "densemixer_adapters.llamafactory:patch_loader",
     "llamafactory.train.mca.workflow": "densemixer_adapters.llamafactory_megatron:patch_workflow",

@@ -24,6 +24,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from densemixer_adapters.axolotl_config import PLUGIN, SWITCH
 from densemixer_adapters.callback import DenseMixerCallback
 from densemixer_adapters.deepspeed import mark_leaf_modules
 from densemixer_adapters.environment import left_alone
@@ -32,8 +33,6 @@ from densemixer_adapters.transformers import UnsupportedModelError, attach
 from densemixer_adapters.transformers.announce import describe
 from densemixer_core import DenseMixerConfig
 
-SWITCH = "dense_mixer"
-PLUGIN = "densemixer_adapters.axolotl.DenseMixerPlugin"
 AXOLOTLS_PLUGIN = "axolotl.integrations.densemixer.DenseMixerPlugin"
 
 logger = get_logger("axolotl.densemixer")  # of others, Axolotl shows warnings alone

@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from densemixer_adapters import transformers
 from densemixer_adapters.automodel import UnsupportedModelError, apply_densemixer
 
 pytestmark = pytest.mark.skipif("sqrtsoftplus" not in CASES, reason="Automodel 0.4 has few of these")
@@ -142,6 +143,12 @@ def test_tensor_parallelism() -> None:
 def test_a_model_without_experts() -> None:
     with pytest.raises(UnsupportedModelError, match="has no Mixture-of-Experts layers"):
         apply_densemixer(nn.Linear(2, 2))
+
+
+def test_the_function_for_models_of_transformers() -> None:
+    model = nn.ModuleDict({"mlp": build("softmax").moe})
+    with pytest.raises(UnsupportedModelError, match=r"^mlp \(MoE\): .*Take that of densemixer_adapters\.automodel"):
+        transformers.apply_densemixer(model)
 
 
 def test_options_that_are_none() -> None:

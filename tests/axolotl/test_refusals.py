@@ -62,6 +62,25 @@ def test_a_misspelt_key(load: Callable[..., Any], key: str) -> None:
         load(plugins=[PLUGIN], dense_mixer=None, **{key: {"estimator": "centered"}})
 
 
+@pytest.mark.parametrize(
+    ("plugins", "key"),
+    [
+        ([], "dense_mixer"),
+        ([], "densemixer"),
+        (["axolotl.integrations.liger.LigerPlugin"], "dense_mixer"),
+        (["densemixer_adapter.axolotl.DenseMixerPlugin"], "dense_mixer"),
+    ],
+    ids=["no plugin", "misspelt", "another plugin", "one that can't be loaded"],
+)
+def test_the_key_that_no_plugin_reads(load: Callable[..., Any], plugins: list[str], key: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{key}: none of the YAML's plugins reads it.* Add {PLUGIN} to them"):
+        load(plugins=plugins, **{"dense_mixer": None, key: True})
+
+
+def test_no_without_a_plugin(load: Callable[..., Any]) -> None:
+    assert "dense_mixer" not in load(plugins=None, dense_mixer=False)
+
+
 def test_without_the_key_it_is_on_as_axolotls_own_is(load: Callable[..., Any]) -> None:
     assert load(dense_mixer=None).dense_mixer is True
 

@@ -11,6 +11,7 @@ from layers import Case, Layer
 
 from densemixer_core import DenseMixerConfig, Known, StackedExperts, expert_dots, sampled_dots, straight_through
 from densemixer_core.routing import score_sensitivity
+from densemixer_core.sampling import share_of_pairs
 
 
 @pytest.mark.parametrize("gap", [0.0, 4.0, 9.0, 12.0, 25.0])
@@ -40,6 +41,13 @@ def test_experts_without_weights_take_nothing_of_the_budget(free: int, budget: f
     layer.ours(DenseMixerConfig(budget=budget))
     unselected = 40 * 4 * (4 + free - 2) // (4 + free)
     assert sum(rows) == round(budget * unselected)
+
+
+def test_a_rank_with_one_expert_evaluates_its_only_pair() -> None:
+    """Its part of the pairs is less than one; without any, the estimate would be that of no expert at all."""
+    assert share_of_pairs(tokens=1, experts=1, scored=8, selected=2, budget=0.125) == 1
+    assert share_of_pairs(tokens=0, experts=1, scored=8, selected=2, budget=0.125) == 0
+    assert share_of_pairs(tokens=5, experts=2, scored=8, selected=8, budget=0.125) == 0
 
 
 @pytest.mark.parametrize("tokens", [4, 64])

@@ -202,6 +202,38 @@ def test_autocast_is_honoured() -> None:
     assert oracle.relative_error(ours, truth) <= 1.1 * oracle.relative_error(reference, truth)
 
 
+def test_a_function_of_experts_may_overflow_where_autocast_is_float16() -> None:
+    """x may still be in float32 there. The pair adds nothing, as where the experts are stacked."""
+    layer = Layer(Case(tokens=12), torch.float32)
+    output, scores, weights = layer.host()
+    token, expert = (tensor[5] for tensor in torch.where(scores.scatter(1, layer.index, 0.0) > 0))
+
+    def extra(overflow: bool) -> torch.Tensor:
+        def dots(x: torch.Tensor, g: torch.Tensor, known: Known | None) -> torch.Tensor:
+            found = expert_dots(x, g, StackedExperts(layer.weights, layer.layout))
+            return found.index_put((token, expert), torch.tensor(torch.inf)) if overflow else found
+
+        leaf = scores.detach().requires_grad_()
+        with torch.autocast("cpu", torch.float16):
+            through = straight_through(
+                output.detach(),
+                leaf,
+                x=layer.x.detach(),
+                index=layer.index,
+                weights=weights.detach(),
+                experts=dots,
+                score="softmax",
+                renormalised=True,
+                config=DenseMixerConfig(),
+            )
+        (gradient,) = torch.autograd.grad(through, leaf, layer.g)
+        return gradient
+
+    whole = extra(overflow=False)
+    assert whole[token, expert] != 0
+    assert extra(overflow=True).equal(whole.index_put((token, expert), torch.zeros(())))
+
+
 class MatmulDtypes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

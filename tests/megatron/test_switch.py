@@ -22,6 +22,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from moe_layer import batch, build, config, run
 from torch import nn
 
+from densemixer_adapters import transformers
 from densemixer_adapters.cli.doctor import examine
 from densemixer_adapters.megatron import MegatronHandle, announce, apply_densemixer, attached_handle, read_flag
 from densemixer_adapters.megatron.config_field import patch_transformer_config
@@ -153,6 +154,12 @@ def test_attached_twice_is_an_error() -> None:
     layer = build(Case(), moe_densemixer=True)
     with pytest.raises(RuntimeError, match="attached already, by apply_densemixer or moe_densemixer"):
         apply_densemixer(layer)
+
+
+def test_the_function_for_models_of_transformers() -> None:
+    model = nn.ModuleDict({"mlp": build(Case())})
+    with pytest.raises(UnsupportedModelError, match=r"^mlp \(MoELayer\): .*Take that of densemixer_adapters\.megatron"):
+        transformers.apply_densemixer(model)
 
 
 def test_a_later_patch_of_megatrons_own_method_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,9 @@ from torchtitan.models.common.token_dispatcher import (
 from torchtitan.models.gpt_oss.moe import GptOssGroupedExperts
 from torchtitan.overrides.fused_swiglu import FusedGroupedExperts
 
+from densemixer_adapters import transformers
 from densemixer_adapters.torchtitan import UnsupportedModelError, apply_densemixer
+from densemixer_adapters.transformers.checks import OutputMismatchError
 from densemixer_core import DenseMixerConfig, RoutingMismatchError
 
 CASE = next(iter(CASES.values()))
@@ -127,6 +129,11 @@ def test_a_model_without_experts() -> None:
         apply_densemixer(nn.Linear(2, 2))
 
 
+def test_the_function_for_models_of_transformers() -> None:
+    with pytest.raises(UnsupportedModelError, match=r"^block\.moe \(MoE\): .*Take that of .*\.torchtitan"):
+        transformers.apply_densemixer(Model(build(CASE)))
+
+
 def test_twice() -> None:
     model = Model(build(CASE))
     apply_densemixer(model)
@@ -171,6 +178,19 @@ def test_a_router_that_routes_differently() -> None:
 
     moe.router.forward = patched
     with apply_densemixer(Model(moe)), pytest.raises(RoutingMismatchError, match=r"^block\.moe: .*routes differently"):
+        moe(titan_layer.batch(torch.float32)[0])
+
+
+def test_experts_that_return_something_else() -> None:
+    """As a patch of them may make it: the gradient would be that of other experts."""
+    moe = build(CASE, torch.float32)
+    experts = moe.routed_experts.inner_experts
+    forward = experts.forward
+    experts.forward = lambda *args: 3 * forward(*args)
+    with (
+        apply_densemixer(Model(moe)),
+        pytest.raises(OutputMismatchError, match=r"^block\.moe\.routed_experts: .*it is 3(\.0\d*)? times that"),
+    ):
         moe(titan_layer.batch(torch.float32)[0])
 
 

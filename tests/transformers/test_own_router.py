@@ -119,8 +119,9 @@ def test_a_wrong_declaration_stops_the_first_step_and_can_be_put_right(page: Any
         Router("sigmoid", renormalised="norm_topk"),
         Router("sigmoid", True, epsilon="norm_topk"),
         Router("sigmoid", True, expert_scale="norm_topk"),
+        Router("sigmoid", True, further="zero", scored="norm_topk"),
     ],
-    ids=["renormalised", "epsilon", "expert_scale"],
+    ids=["renormalised", "epsilon", "expert_scale", "scored"],
 )
 def test_an_attribute_that_is_not_there(page: Any, declared: Router) -> None:
     register_router("MyTopKRouter", declared)
@@ -136,6 +137,27 @@ def test_experts_without_the_decorator(page: Any) -> None:
     model.block.experts = plain
     with pytest.raises(UnsupportedModelError, match=r"decorate experts of your own.*own-router\.md"):
         apply_densemixer(model)
+
+
+def test_logits_without_a_gradient_are_told(page: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """As one returns them for the log alone. Nothing is trained then, so the user must know."""
+    forward = page.MyTopKRouter.forward
+
+    def detached(self: Any, x: Tensor) -> Any:
+        logits, *others = forward(self, x)
+        return logits.detach(), *others
+
+    page.MyTopKRouter.forward = detached
+    register_router("MyTopKRouter", Router("sigmoid", renormalised=True))
+    model, ids = build(page), torch.arange(24).reshape(2, 12)
+    conventional = gradients(model, ids)
+    apply_densemixer(model)
+    for _ in range(2):
+        found = gradients(model, ids)
+        assert all(found[name].equal(conventional[name]) for name in conventional)
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "block.router" in warning
+    assert "must not detach its logits" in warning
 
 
 def test_a_router_that_returns_a_list(page: Any) -> None:
@@ -211,6 +233,17 @@ def test_a_subclass_may_differ_from_what_it_is_of() -> None:
         (("MyRouter", "softmax"), TypeError, "got 'MyRouter' and 'softmax'"),
         (("MyRouter", Router("gelu", True)), ValueError, "'gelu' is none of the scores softmax, sigmoid, sqrtsoftplus"),
         (("MyRouter", Router("softmax", True, further="identiy")), ValueError, "further must be .*got 'identiy'"),
+        (("MyRouter", Router("softmax", 1)), TypeError, "renormalised must be bool or str; got 1"),
+        (
+            ("MyRouter", Router("softmax", True, epsilon=None)),
+            TypeError,
+            "epsilon must be float or int or str; got None",
+        ),
+        (
+            ("MyRouter", Router("softmax", True, expert_scale=2.0)),
+            TypeError,
+            "expert_scale must be str or None; got 2.0",
+        ),
         (("Qwen3MoeTopKRouter", Router("sigmoid", True)), ValueError, "declared already"),
         (("DeepseekV4HashRouter", Router("sigmoid", True)), ValueError, "declared already"),
     ],

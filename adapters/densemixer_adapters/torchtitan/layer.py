@@ -14,17 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
-from densemixer_adapters.expert_parallel import gathered_dots
+from densemixer_adapters.expert_parallel import Spread
 from densemixer_adapters.torchtitan import experts as weights_of
 from densemixer_adapters.torchtitan.refuse import refuse_capture, refuse_compiling
+from densemixer_adapters.transformers.checks import EVERY, TOKENS, OutputMismatchError, check_output
 from densemixer_core import (
     DenseMixerConfig,
     Known,
     RoutingMismatchError,
+    StackedExperts,
     check_routing,
     expert_dots,
+    routed_output,
     sampled_dots,
     straight_through,
 )
@@ -52,6 +56,7 @@ class TorchtitanLayer:
         self._scores: Tensor | None = None
         self._routed: tuple[Tensor, Tensor] | None = None
         self._checked = False
+        self._until_comparison = 0
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -127,6 +132,12 @@ class TorchtitanLayer:
         weights, index = routed
         if not self._checked:
             self._check(scores, index, weights)
+        if self._until_comparison <= 0:
+            # Out of sight of who records operations, as selective checkpointing, whose recomputation comes without.
+            with torch.no_grad(), _disable_current_modes():
+                self._compare(y, x, index, weights)
+            self._until_comparison = EVERY
+        self._until_comparison -= 1
         return straight_through(
             y,
             scores,
@@ -167,39 +178,54 @@ class TorchtitanLayer:
                 "wrong. Switch DenseMixer off."
             ) from None
 
+    def _compare(self, y: Tensor, x: Tensor, index: Tensor, weights: Tensor) -> None:
+        """What the experts return with what their weights give, for a few tokens, see `transformers.checks`.
+
+        Collective with expert parallelism: all ranks compare in the same forwards.
+        """
+        experts, spread = self._experts(x)
+        evaluate = functools.partial(routed_output, experts=experts)
+        if spread is not None:
+            evaluate = functools.partial(spread.routed_output, experts=experts, rows=TOKENS)
+        try:
+            check_output(y, x, index, weights, evaluate, weights_of.COMPUTES_IN)
+        except OutputMismatchError as error:
+            raise OutputMismatchError(
+                f"{self.name}.routed_experts: {error}. Something has replaced or patched the experts or their token "
+                "dispatcher. DenseMixer computes with the experts' weights, so its gradient would be wrong. Undo that, "
+                "or switch DenseMixer off."
+            ) from None
+
     def _dots(self, x: Tensor, g: Tensor, known: Known | None) -> Tensor:
-        """In the backward, with the weights as they are then: FSDP has gathered them for the whole block."""
+        """In the backward."""
+        experts, spread = self._experts(x)
+        config, selected, dtype = self.config, self.block.router.top_k, weights_of.COMPUTES_IN
+        if spread is not None:
+            return spread.dots(x, g, known, experts=experts, selected=selected, dtype=dtype, config=config)
+        bound = config.workspace_mb << 20
+        if known is None:
+            return expert_dots(x, g, experts, dtype, bound)
+        count = len(experts.weights.down)
+        pairs = share_of_pairs(len(x), count, count, selected, config.budget)
+        return sampled_dots(x, g, known, pairs, config.seed, experts, dtype, bound)
+
+    def _experts(self, x: Tensor) -> tuple[StackedExperts, Spread | None]:
+        """With the weights as they are now: while the layer runs, and in its backward, FSDP has them together."""
         experts = weights_of.read_experts(self.block.routed_experts.inner_experts)
-        held, count, selected = len(experts.weights.down), self.block.router.num_experts, self.block.router.top_k
-        config, dtype, bound = self.config, weights_of.COMPUTES_IN, self.config.workspace_mb << 20
+        held, count = len(experts.weights.down), self.block.router.num_experts
         mesh = getattr(self._dispatcher, "ep_mesh", None)
         ranks = 1 if mesh is None else mesh.size()
         hidden = experts.weights.down.shape[1]
         if held * ranks != count or hidden != x.shape[1]:  # FSDP shards by number, or by the dimension that follows
             raise RuntimeError(
                 f"{self.name}: {ranks} ranks with {held} experts each, out of {count}, and {hidden} rows of a down "
-                f"projection, out of {x.shape[1]}: some weights are sharded while DenseMixer needs them in the "
-                "backward. Have FSDP wrap the layer or its block, not the experts alone."
+                f"projection, out of {x.shape[1]}: some weights are sharded while DenseMixer needs them. Have FSDP "
+                "wrap the layer or its block, not the experts alone."
             )
-        if mesh is not None:
-            return gathered_dots(
-                x,
-                g,
-                known,
-                experts=[experts],
-                indices=range(mesh.get_local_rank() * held, (mesh.get_local_rank() + 1) * held),
-                count=count,
-                selected=selected,
-                group=mesh.get_group(),
-                budget=config.budget,
-                seed=config.seed,
-                workspace_bytes=bound,
-                dtype=dtype,
-            )
-        if known is None:
-            return expert_dots(x, g, experts, dtype, bound)
-        pairs = share_of_pairs(len(x), count, count, selected, config.budget)
-        return sampled_dots(x, g, known, pairs, config.seed, experts, dtype, bound)
+        if mesh is None:
+            return experts, None
+        first = mesh.get_local_rank() * held
+        return experts, Spread(mesh.get_group(), range(first, first + held), count, shared=1)
 
 
 def attached_layer(block: Any) -> TorchtitanLayer | None:

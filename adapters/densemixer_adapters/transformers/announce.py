@@ -28,6 +28,10 @@ OVERFLOW = (
     "{name}. Such a pair of a token and an expert counts as nothing, as in conventional training. Router metrics count "
     "them as pairs_left_out. bfloat16 has no such limit."
 )
+LOST_GRADIENT = (
+    "DenseMixer has nothing to train where a router's output has no gradient though the router isn't frozen, first in "
+    "{name}: such a layer trains as without DenseMixer. A router of your own must not detach its logits."
+)
 CHANGED_EXPERTS = (
     "DenseMixer: weights of experts were written to in place between the forward of their layer and its backward, "
     "first in {name}. The gradient that DenseMixer adds is that of the weights as they are in the backward."

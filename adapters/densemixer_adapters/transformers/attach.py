@@ -20,6 +20,7 @@ from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
 from densemixer_adapters.transformers.announce import (
     CHANGED_EXPERTS,
+    LOST_GRADIENT,
     OVERFLOW,
     UNREAD_METRICS,
     FrozenRouters,
@@ -33,6 +34,14 @@ from densemixer_core import DenseMixerConfig
 
 OLDEST = "5.5.4"
 """Of transformers, that the adapter works with."""
+
+
+OTHERS = {
+    ("megatron", "MoELayer"): "megatron",
+    ("nemo_automodel", "MoE"): "automodel",
+    ("torchtitan", "MoE"): "torchtitan",
+}
+"""Package and class of Mixture-of-Experts layers that another wing of this package is for."""
 
 
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
@@ -81,6 +90,7 @@ def attach(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMix
             "unsloth`, or switch DenseMixer off."
         )
     _refuse_old_versions(model)
+    _refuse_layers_of_others(model)
     layers = list(find_layers(model, config))
     if not layers:
         raise UnsupportedModelError(
@@ -100,6 +110,18 @@ def _refuse_old_versions(model: nn.Module) -> None:
             f"{type(model).__name__}: DenseMixer works with transformers {OLDEST} and newer, and this is {version}. "
             f'pip install "transformers>={OLDEST}", or switch DenseMixer off.'
         )
+
+
+def _refuse_layers_of_others(model: nn.Module) -> None:
+    """Of a framework that has a function of its own, where ours would name another reason."""
+    for name, module in model.named_modules():
+        for kind in type(module).__mro__:
+            wing = OTHERS.get((kind.__module__.partition(".")[0], kind.__name__))
+            if wing is not None:
+                raise UnsupportedModelError(
+                    f"{name or 'the model'} ({type(module).__name__}): this apply_densemixer is for layers of "
+                    f"transformers. Take that of densemixer_adapters.{wing}."
+                )
 
 
 def has_experts(model: nn.Module) -> bool:
@@ -183,6 +205,10 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def warn_of_frozen_routers(self) -> None:
         """Log one warning for all layers whose router is frozen now, but once for each."""
         self.frozen_routers.warn()
+
+    def warn_of_lost_gradient(self, router_name: str) -> None:
+        """Log one warning of a router that isn't frozen, and whose output nevertheless has no gradient."""
+        self._warn_once(LOST_GRADIENT, router_name)
 
     def warn_of_unread_metrics(self) -> None:
         """Log one warning that nobody reads the metrics that the options ask for."""

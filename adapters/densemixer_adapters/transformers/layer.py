@@ -40,6 +40,8 @@ class Attachment(Protocol):
 
     def warn_of_frozen_routers(self) -> None: ...
 
+    def warn_of_lost_gradient(self, router_name: str) -> None: ...
+
     def warn_of_unread_metrics(self) -> None: ...
 
     def warn_of_overflow(self, name: str, count: Tensor) -> None: ...
@@ -197,6 +199,8 @@ class DenseMixerLayer(HostLayer):
             return None
         if not raw.requires_grad:
             self.handle.warn_of_frozen_routers()
+            if any(parameter.requires_grad for parameter in call.router.parameters()):
+                self.handle.warn_of_lost_gradient(self.router_name)
             return None
         probabilities = bool(self._checks.probabilities)
         scores = None if stacked is None else spec.scores_of(rows(raw), probabilities)

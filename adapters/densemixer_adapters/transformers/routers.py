@@ -58,7 +58,8 @@ class Router:
 
     def missing(self, router: nn.Module, block: nn.Module) -> list[str]:
         """The attributes that the declaration names, and which aren't there."""
-        named = [(self.renormalised, (router, block)), (self.epsilon, (router,)), (self.expert_scale, (router,))]
+        of_router = [(name, (router,)) for name in (self.epsilon, self.expert_scale, self.scored)]
+        named: list[tuple[object, tuple[nn.Module, ...]]] = [(self.renormalised, (router, block)), *of_router]
         return [name for name, owners in named if isinstance(name, str) and not any(hasattr(it, name) for it in owners)]
 
     def is_renormalised(self, owners: Iterable[nn.Module]) -> bool:
@@ -198,6 +199,14 @@ REFUSED: dict[str, str] = {
 
 _REGISTERED: dict[str, Router] = {}
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "renormalised": (bool, str),
+    "epsilon": (float, int, str),
+    "expert_scale": (str, type(None)),
+    "scored": (str, type(None)),
+}
+"""What the fields of a declaration may be."""
+
 
 def register_router(name: str, router: Router) -> None:
     """Say what a router of your own computes, so that DenseMixer trains the models that have it.
@@ -220,6 +229,10 @@ def register_router(name: str, router: Router) -> None:
         raise TypeError(
             f"register_router: takes the name of the router's class, and a Router; got {name!r} and {router!r}"
         )
+    for field, kinds in _KINDS.items():
+        if not isinstance(value := getattr(router, field), kinds):
+            wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise TypeError(f"register_router: {field} must be {wanted}; got {value!r}")
     if router.score not in SCORE_FUNCTIONS:
         raise ValueError(f"register_router: {router.score!r} is none of the scores {', '.join(SCORE_FUNCTIONS)}")
     if router.further not in (None, "identity", "zero"):
