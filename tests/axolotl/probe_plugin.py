@@ -9,9 +9,5 @@ from probe import Probe
 
 
 class ProbePlugin(BasePlugin):
-    def pre_model_load(self, cfg: Any) -> None:
-        if cfg.world_size > 1:
-            cfg.device_map = None  # Axolotl's names an accelerator by its number, and there is none
-
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
         Probe(trainer)

@@ -1,7 +1,6 @@
 """What a framework's own program did in its steps: losses, gradients against the oracle, and the routers' rows.
 
-A framework's plugin makes one with its trainer. The report is JSON, in the file that PROBE names; beside it, with the
-suffix .pt, are the first step's gradients. Of several processes, which have their own rows each, the first one reports.
+A framework's plugin makes one with its trainer. The report is JSON, in the file that PROBE names.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ from typing import Any
 import oracle
 import setting
 import torch
-import torch.distributed as dist
 import trainers
-from ranks import of_all_ranks
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -51,18 +48,7 @@ class Probe(trainers.Recorder):
         self.losses.append(loss.item())
         return loss
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_pre_optimizer_step(args, state, control, **kwargs)
-        if state.global_step == 0 and dist.is_initialized():
-            for gradient in (gradient for truth in self.truth.values() for gradient in truth.values()):
-                dist.all_reduce(gradient)
-                gradient /= dist.get_world_size()
-
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if dist.is_initialized():
-            self.seen = [set().union(*ranks) for ranks in zip(*of_all_ranks(self.seen), strict=True)]
-            if dist.get_rank() > 0:
-                return
         changes, never = [], 0
         for block, start, seen in zip(self.routers, self.start, self.seen, strict=True):
             rows = [row for row in range(len(start)) if row not in seen]
@@ -78,9 +64,7 @@ class Probe(trainers.Recorder):
             "typical_change": change.median().item(),
             "largest_change": change.max().item(),
         }
-        path = Path(os.environ["PROBE"])
-        path.write_text(json.dumps(report))
-        torch.save(self.gradients, path.with_suffix(".pt"))
+        Path(os.environ["PROBE"]).write_text(json.dumps(report))
 
 
 def worst_error(value: Tensor, truth: Tensor) -> float:

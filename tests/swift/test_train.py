@@ -9,22 +9,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from programs import (
-    EXAMPLES,
-    OF_ONE_STEP,
-    RATE,
-    Report,
-    assert_only_the_routers_gradient_differs,
-    assert_two_processes_are_one,
-    call,
-    read,
-    train,
-)
+from programs import EXAMPLES, OF_ONE_STEP, RATE, Report, assert_only_the_routers_gradient_differs, call, read, train
 
 HERE = Path(__file__).parent
 ENABLED = {"DENSEMIXER_ENABLED": "1"}
 SGD = f"--optim sgd --lr_scheduler_type constant --max_grad_norm 0 --weight_decay 0 --learning_rate {RATE}"
-GRPO = "--num_generations 4 --per_device_train_batch_size 4 --max_completion_length 8"
 PROBED = [*SGD.split(), "--external_plugins", str(HERE / "probe_plugin.py"), "--callbacks", "probe"]
 
 
@@ -44,8 +33,6 @@ def others(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
         "LoRA": ["sft", *options(tiny, "lora.yaml", "--lora_dropout", "0")],
         "LoRA, frozen": ["sft", *options(tiny, "lora.yaml", "--modules_to_save", "lm_head")],
         "DPO": ["rlhf", *options(tiny, "dpo.yaml", "--dataset", data, "--experts_impl", "eager")],  # has a float64
-        "GRPO": ["rlhf", *options(tiny, "grpo.yaml", "--reward_funcs", "many_kinds", *GRPO.split())],
-        "two rows": ["sft", *options(tiny, "sft.yaml", "--per_device_train_batch_size", "2")],
     }
     folders = {name: tmp_path_factory.mktemp("other") for name in commands}
     for name, folder in folders.items():
@@ -95,16 +82,3 @@ def test_dpo(others: dict[str, Report]) -> None:
     assert run.attached == 2
     assert run.losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
-
-
-def test_grpo_that_transformers_rolls_out(others: dict[str, Report]) -> None:
-    run = others["GRPO"]
-    assert run.attached == 2
-    assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
-    assert run.typical_change > 1e-3
-
-
-def test_two_processes_are_one_with_their_rows(tiny: Path, others: dict[str, Report], tmp_path: Path) -> None:
-    command = ["swift", "sft", *options(tiny, "sft.yaml")]
-    run = train(command, tmp_path, HERE, NPROC_PER_NODE="2", **ENABLED)
-    assert_two_processes_are_one(run, others["two rows"])
