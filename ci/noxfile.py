@@ -1,7 +1,7 @@
 """One pinned environment for each framework, and what runs in it.
 
 `make test` runs all default sessions, `make test-more` those with the tag `more`. One of them:
-`.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.23.0')"`; arguments after `--` go to pytest. `ci/pin.sh`
+`.venv/bin/nox -f ci/noxfile.py -s "transformers(pins='5.24.0')"`; arguments after `--` go to pytest. `ci/pin.sh`
 writes the files in `environments/`.
 """
 
@@ -176,7 +176,7 @@ def install_transformers(session: nox.Session, pins: str) -> None:
 
 
 @nox.session(requires=["original"])
-@nox.parametrize("pins", ["5.5.4", "5.23.0"])
+@nox.parametrize("pins", ["5.5.4", "5.24.0"])
 def transformers(session: nox.Session, pins: str) -> None:
     """Adapter, ways of running, metrics, command line: newest, a wheel. Oldest, editable: what depends on it."""
     install_transformers(session, pins)
@@ -263,7 +263,7 @@ def oldest_triton(session: nox.Session) -> None:
 @nox.session(default=False, tags=["more"])
 def gpu_dry_run(session: nox.Session) -> None:
     """What `make gpu` runs, small, on a CPU: benchmarks too, which take a minute."""
-    install(session, "transformers-5.23.0")
+    install(session, "transformers-5.24.0")
     session.run("python", "ci/gpu.py", "--dry-run", *session.posargs)
 
 
@@ -278,7 +278,7 @@ def torchtitan(session: nox.Session) -> None:
 @nox.session(default=False, tags=["more"])
 def parallel_sweep(session: nox.Session) -> None:
     """Each architecture of transformers under its expert and its tensor parallelism, on two ranks."""
-    install(session, "transformers-5.23.0")
+    install(session, "transformers-5.24.0")
     install_editable(session)
     run_tests(session, "tests/running/test_parallel_sweep.py", env={"PARALLEL_SWEEP": "1"})
 
@@ -332,7 +332,7 @@ for line in open(sys.argv[1]):
 
 NEWEST = {
     "transformers": (
-        "transformers-5.23.0",
+        "transformers-5.24.0",
         "transformers bitsandbytes liger-kernel matplotlib peft rich torchao triton trl scipy",
     ),
     "llamafactory": ("llamafactory", "llamafactory badam editables hatchling uv"),
@@ -383,7 +383,7 @@ def demo(session: nox.Session) -> None:
 @nox.session(default=False, requires=["original"])
 def bench(session: nox.Session) -> None:
     """Time steps on this machine."""
-    install(session, "transformers-5.23.0")
+    install(session, "transformers-5.24.0")
     install_editable(session)
     python = ROOT / ".nox" / "original" / "bin" / "python"
     session.run("python", "benchmarks", *session.posargs, env={"ORIGINAL_DENSEMIXER_PYTHON": str(python)})
@@ -392,7 +392,7 @@ def bench(session: nox.Session) -> None:
 @nox.session(default=False)
 def bench_budget(session: nox.Session) -> None:
     """How exact the extra gradient is at each budget."""
-    install(session, "transformers-5.23.0")
+    install(session, "transformers-5.24.0")
     install_editable(session)
     session.run("python", "benchmarks/budget_error.py", *session.posargs, env=DEMO)
 
@@ -400,7 +400,7 @@ def bench_budget(session: nox.Session) -> None:
 @nox.session(default=False)
 def experiment(session: nox.Session) -> None:
     """Post-train a small Mixture-of-Experts model on two tasks, in five ways, with seeds, tuning and error bars."""
-    install(session, "transformers-5.23.0")
+    install(session, "transformers-5.24.0")
     install_editable(session)
     session.run("python", "experiments", *session.posargs, env=DEMO)
 
@@ -408,6 +408,6 @@ def experiment(session: nox.Session) -> None:
 @nox.session(default=False)
 def gradient_quality(session: nox.Session) -> None:
     """Compare the gradient of routers with the effect of changing the routing."""
-    install(session, "transformers-5.23.0")
+    install(session, "transformers-5.24.0")
     install_editable(session)
     session.run("python", "experiments/gradient_quality.py", *session.posargs, env=DEMO)

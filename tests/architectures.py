@@ -24,6 +24,7 @@ IMAGE = 63  # the id of a token that stands for a piece of an image
 # What a tiny model's configuration says, where it has such an attribute: 8 experts, 3 of them selected.
 TINY: dict[str, Any] = dict(
     vocab_size=64,
+    unpadded_vocab_size=64,
     hidden_size=32,
     intermediate_size=24,
     num_hidden_layers=2,
@@ -142,7 +143,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "glm5_next": dict(qk_rope_head_dim=0),
     "granitemoehybrid": dict(mamba_n_heads=4),
     "hy_v4_vl": dict(text_config=dict(rope_parameters=_rope(2, 1, 1))),
-    "inkling2_loop": dict(vision_config=dict(text_hidden_size=32)),
+    "inkling2_loop": dict(
+        # The second layer runs three times in a forward.
+        text_config=dict(n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=2),
+        vision_config=dict(**_tower("inkling2_vision"), text_hidden_size=32, projection_hidden_dim=32),
+    ),
     "lfm2_moe": dict(layer_types=["conv", "full_attention"]),
     "mimo_v2_flash": dict(num_key_value_heads=2),
     "mistral_large4": dict(vision_config=_tower("pixtral")),

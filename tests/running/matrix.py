@@ -171,7 +171,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 NOT_IN = {
     "5.5.4": {"FSDP2 of transformers (fsdp_size): plain"},
-    "5.23.0": {"refused: tensor parallelism", "refused: expert parallelism"},
+    "5.24.0": {"refused: tensor parallelism", "refused: expert parallelism"},
 }
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import matrix
 
-VERSIONS = ("5.5.4", "5.23.0")
+VERSIONS = ("5.5.4", "5.24.0")
 SWEEP = {
     "exact": "exact",
     "elsewhere": "exact in the routers; of other parameters wrong, without DenseMixer too",
