@@ -1,0 +1,238 @@
+"""The experiment that was decided beforehand: that it does what its plan says, in small."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from common.kept import Kept
+from common.options import console_for
+from common.significance import Comparison, Interval, holm
+from planned import schedule
+from planned.arms import EQUAL_TIME, FROZEN_ROUTER, ROUTER_ONLY, ROUTER_RATE, UP_CYCLED, training
+from planned.comparisons import Compared, compare, stands
+from planned.figures import draw
+from planned.language import Language
+from planned.parts import PARTS
+from planned.running import Job, Result, load, parse, task_of
+from planned.runs import Runs
+from planned.sizes import PLANNED
+from planned.tables import whole
+from planned.texts import TEXTS, token_ids
+from post_training.arms import BASELINE
+from torch import Tensor
+
+SIZE = PLANNED["tiny"]
+SETTING = ("16 experts", next(iter(TEXTS)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """After all parts have been run."""
+    folder = tmp_path_factory.mktemp("planned")
+    schedule.run_parts(PARTS, SIZE, folder, 1, console_for())
+    return folder
+
+
+def test_every_part_has_all_its_runs(folder: Path) -> None:
+    parts = {runs.name: runs for runs in schedule.kept_parts(SIZE, folder)}
+    assert list(parts) == list(PARTS)
+    for runs in parts.values():
+        assert runs.missing() == []
+    alone = parts["router-only"]
+    for setting in alone.part.settings:
+        for arm in ROUTER_ONLY:
+            assert alone.complete(setting, arm)
+        start = alone.losses(setting, "frozen start")
+        assert len({*start}) == 1
+        assert {result.routing_change for result in alone.results(setting, "frozen start")} == {0}
+        assert all(loss != start[0] for loss in alone.losses(setting, BASELINE))
+
+
+def test_writes_tables_and_plot(folder: Path) -> None:
+    parts = schedule.kept_parts(SIZE, folder)
+    compared = compare(parts)
+    # Seven in each of four settings, eight of learning rates, and behind the gate one or three.
+    assert len(compared) - 36 == (3 if parts[-1].passed() else 1)
+    text = whole(parts, compared)
+    assert text.count("centered, budget 1/32 less conventional, equal time") == 4
+    assert f"all {len(compared)} comparisons" in text
+    draw(compared, folder / "planned.png")
+    assert (folder / "planned.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_interrupted_goes_on_where_it_stopped(folder: Path) -> None:
+    file = folder / "planned.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-2]) + lines[-2][:-9])  # in the middle of writing the last line but one
+    schedule.run_parts(PARTS, SIZE, folder, 1, console_for())
+    again = file.read_text().splitlines(keepends=True)
+    assert again[:-2] == lines[:-2]
+    losses = [[json.loads(line)[name] for name in ("validation", "test")] for line in lines[-2:]]
+    assert [[json.loads(line)[name] for name in ("validation", "test")] for line in again[-2:]] == losses
+    schedule.run_parts(PARTS, SIZE, folder, 1, console_for())
+    assert file.read_text().splitlines(keepends=True) == again
+
+
+def test_runs_of_another_size_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match="another size"):
+        Kept(folder / "planned.jsonl", dataclasses.asdict(PLANNED["small"]), parse)
+
+
+@pytest.mark.parametrize("arms", [ROUTER_ONLY, ROUTER_RATE, UP_CYCLED], ids=["alone", "rate", "up-cycled"])
+def test_arms_train_what_they_say(folder: Path, arms: dict[str, object]) -> None:
+    """A step moves routers, the other weights, or none, and no arm's forward is another."""
+    moved, losses = {}, set()
+    for name, arm in arms.items():
+        model = load("16 experts", SIZE, folder)
+        before = {key: weight.clone() for key, weight in model.state_dict().items()}
+        task = task_of(Job("", *SETTING, name, 0.0, 1, 100, "test"), SIZE, folder)
+        with training(model, arm, rate=1e-2) as groups:
+            optimizer = torch.optim.SGD(groups)
+            loss = task.loss(model, 0)
+            if any(weight.requires_grad for weight in model.parameters()):
+                loss.backward()
+            optimizer.step()
+        losses.add(loss.item())
+        moved[name] = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
+    assert len(losses) == 1
+    routers = {key for key in before if key.endswith("mlp.gate.weight")}
+    for name, arm in arms.items():
+        assert bool(moved[name] & routers) == arm.routers
+        assert moved[name] >= routers or not arm.routers
+        assert bool(moved[name] - routers) == arm.others
+
+
+def test_arms_of_routers_alone_differ_in_the_routers_gradient_alone(folder: Path) -> None:
+    gradients: dict[str, Tensor] = {}
+    for name in ROUTER_ONLY:
+        if not ROUTER_ONLY[name].routers:
+            continue
+        model = load("16 experts", SIZE, folder)
+        task = task_of(Job("", *SETTING, name, 0.0, 1, 100, "test"), SIZE, folder)
+        with training(model, ROUTER_ONLY[name], rate=1.0) as (others, routers):
+            task.loss(model, 0).backward()
+            assert all(weight.grad is None for weight in others["params"])
+            gradients[name] = torch.cat([weight.grad.flatten() for weight in routers["params"]])
+    assert torch.equal(gradients[BASELINE], gradients[EQUAL_TIME])
+    others = [name for name in gradients if name != EQUAL_TIME]
+    assert all(not torch.equal(gradients[a], gradients[b]) for a, b in itertools.combinations(others, 2))
+
+
+def test_up_cycled_experts_share_half_of_the_dense_network(folder: Path) -> None:
+    model, dense = load("up-cycled", SIZE, folder), load("dense", SIZE, folder)
+    for layer, source in zip(model.model.layers, dense.model.layers, strict=True):
+        gate_up, whole = layer.mlp.experts.gate_up_proj, source.mlp.experts.gate_up_proj
+        width = gate_up.shape[1] // 2
+        kept = (gate_up == whole).all(-1)
+        assert torch.equal(kept[:, :width], kept[:, width:])
+        assert (kept[:, :width].sum(1) == width // 2).all()
+        down = layer.mlp.experts.down_proj == source.mlp.experts.down_proj
+        assert torch.equal(down.all(1), kept[:, :width])
+        assert len({tuple(row.tolist()) for row in kept}) > 1
+    assert torch.equal(model.lm_head.weight, dense.lm_head.weight)
+
+
+def test_more_steps_begin_with_the_same_batches(folder: Path) -> None:
+    few, many = (task_of(Job("", *SETTING, "", 0.0, steps, 100, "test"), SIZE, folder) for steps in (2, 5))
+    other = task_of(Job("", *SETTING, "", 0.0, 2, 101, "test"), SIZE, folder)
+    model = load("16 experts", SIZE, folder)
+    assert isinstance(few, Language)
+    losses = [[task.loss(model, step).item() for step in range(2)] for task in (few, many, other)]
+    assert losses[0] == losses[1] != losses[2]
+
+
+class Letters:
+    """As much of a tokenizer as texts ask for: a token a character."""
+
+    eos_token_id = -1
+
+    def __call__(self, texts: list[str], add_special_tokens: bool) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_no_text_is_in_two_splits(kind: str) -> None:
+    texts = {
+        split: {text for text in "".join("\0" if i < 0 else chr(i) for i in ids.tolist()).split("\0") if text}
+        for split, ids in token_ids(kind, Letters(), 60).items()
+    }
+    assert sum(map(len, texts.values())) == 60
+    assert all(texts.values())
+    assert all(texts[a].isdisjoint(texts[b]) for a, b in itertools.combinations(texts, 2))
+
+
+def _tuned(folder: Path, losses: dict[float, float]) -> Runs:
+    """A part of which these validation losses are known, by learning rate."""
+    kept = Kept(folder / "planned.jsonl", {}, parse)
+    runs = Runs("up-cycled", SIZE, kept, {})
+    for arm in (FROZEN_ROUTER, BASELINE):
+        for rate, loss in losses.items():
+            job = Job("up-cycled", *runs.part.settings[0], arm, rate, SIZE.up_cycled_steps, 2000, "validation")
+            kept.add(Result(job, 9.0, loss, None, 0.0, 0.0))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("known", "asked"),
+    [
+        ({1e-3: 2.0, 1e-2: 1.0}, {0.1}),  # the best is at the upper edge
+        ({1e-3: 1.0, 1e-2: 2.0}, {1e-4}),
+        ({1e-3: 2.0, 1e-2: 1.0, 0.1: 0.5}, set()),  # the grid has grown as often as it may
+        ({1e-3: 2.0, 1e-2: 1.0, 0.1: 3.0}, set()),
+    ],
+)
+def test_a_grid_grows_where_the_best_is_at_its_edge(
+    tmp_path: Path, known: dict[float, float], asked: set[float]
+) -> None:
+    missing = _tuned(tmp_path, known).missing()
+    assert {job.rate for job in missing if job.split == "validation"} == asked
+    if not asked:
+        assert {job.rate for job in missing} == {min(known, key=lambda rate: known[rate])}
+        assert {job.arm for job in missing} == {FROZEN_ROUTER, BASELINE}  # the others are behind the gate
+
+
+def test_holm_is_closed_testing_with_bonferroni() -> None:
+    """Corrected is the largest, over all sets that have the p-value, of the set's smallest times how many it has."""
+    p = [0.001, 0.04, 0.03, 0.005, 0.2, 0.011]
+    sets = [s for size in range(1, 7) for s in itertools.combinations(range(6), size)]
+    expected = [max(min(1, len(s) * min(p[i] for i in s)) for s in sets if one in s) for one in range(6)]
+    assert holm(p) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mean", "low", "high", "corrected", "verdict"),
+    [
+        (-0.03, -0.04, -0.02, 0.001, "better"),
+        (0.03, 0.02, 0.04, 0.001, "worse"),
+        (-0.03, -0.07, 0.01, 0.2, "undecided"),
+        (-0.004, -0.006, -0.002, 0.001, "no difference that matters"),
+        (0.0, -0.005, 0.005, 1.0, "no difference that matters"),
+        (-0.009, -0.011, -0.007, 0.001, "undecided"),
+    ],
+)
+def test_verdicts(mean: float, low: float, high: float, corrected: float, verdict: str) -> None:
+    assert _compared("centered", BASELINE, SETTING, mean, low, high, corrected).verdict == verdict
+
+
+def _compared(
+    arm: str, base: str, setting: tuple[str, str], mean: float, low: float, high: float, corrected: float
+) -> Compared:
+    found = Comparison(Interval(mean, low, high), corrected)
+    return Compared("router-only", setting, arm, base, found, found, corrected)
+
+
+@pytest.mark.parametrize(("steps", "time", "expected"), [(4, 4, True), (4, 3, True), (4, 2, False), (3, 4, False)])
+def test_what_stands(steps: int, time: int, expected: bool) -> None:
+    better, unknown = (-0.03, -0.04, -0.02, 0.001), (-0.01, -0.05, 0.03, 1.0)
+    found = []
+    for place, setting in enumerate(PARTS["router-only"].settings):
+        found.append(_compared("centered", BASELINE, setting, *(better if place < steps else unknown)))
+        found.append(_compared("centered", EQUAL_TIME, setting, *(better if place < time else unknown)))
+    assert stands(found) == (["centered"] if expected else [])
+    worse = found[-1]._replace(test=Comparison(Interval(0.03, 0.02, 0.04), 0.001))
+    assert stands([*found[:-1], worse._replace(corrected=0.001)]) == []
