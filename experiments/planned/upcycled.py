@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
-from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Qwen3MoeForCausalLM
 
 RENEWED = 0.5
 """The share of each expert's hidden units that begin anew, as in drop-upcycling (arXiv 2502.19261)."""
@@ -20,7 +21,8 @@ def upcycle(dense: Any, experts: int, top_k: int) -> Any:
     Args:
         dense: A Qwen3-MoE with one expert a layer.
     """
-    config = Qwen3MoeConfig(**{**dense.config.to_dict(), "num_experts": experts, "num_experts_per_tok": top_k})
+    config = copy.deepcopy(dense.config)
+    config.num_experts, config.num_experts_per_tok = experts, top_k
     torch.manual_seed(0)
     model = Qwen3MoeForCausalLM(config)
     routers = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
