@@ -53,7 +53,8 @@ def main() -> None:
     if POST_TRAINING in options.part:
         post_train(options, console)
     if planned := [part for part in PLANNED_PARTS if part in options.part]:
-        planned_schedule.run_parts(planned, PLANNED[options.size], options.output, options.jobs, console)
+        with planned_schedule.worker_pool(options.jobs) as pool:
+            planned_schedule.run_parts(planned, PLANNED[options.size], options.output, pool, console)
         report_planned(options, console)
     minutes = (time.perf_counter() - began) / 60
     console.print(f"\n{hardware(options.device)}\nTotal time: {minutes:.0f} min; {options.output}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -21,24 +21,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 ROUTER_ONLY = "router-only"
 
 
-def run_parts(names: Iterable[str], size: Planned, folder: Path, workers: int, console: Console) -> None:
+def worker_pool(workers: int) -> Executor:
+    """Processes of one thread each, which share the cores; a run is the same on any number of them."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,))
+
+
+def run_parts(names: Iterable[str], size: Planned, folder: Path, pool: Executor, console: Console) -> None:
     """Do what is missing of these parts. Start models are made when a run needs them."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    spawn = multiprocessing.get_context("spawn")
     kept, times = _kept(size, folder), folder / "step_times.json"
-    with ProcessPoolExecutor(workers, spawn, _start_worker) as pool:
-        for name in names:
-            models = list(dict.fromkeys(start for start, _ in PARTS[name].settings))
-            if name == ROUTER_ONLY and not timing.known(models, times):
-                _prepare(models, size, folder, console)
-                timing.measure(models, size, folder, times)
-            runs = Runs(name, size, kept, timing.ratios(times))
-            if runs.missing():
-                _prepare(models, size, folder, console)
-            with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
-                while jobs := runs.missing():
-                    said = f"{name}, {jobs[0].start}, {jobs[0].text}"
-                    finish(jobs, kept, pool, _run, (size, folder), progress, said)
+    for name in names:
+        models = list(dict.fromkeys(start for start, _ in PARTS[name].settings))
+        if name == ROUTER_ONLY and not timing.known(models, times):
+            _prepare(models, size, folder, console)
+            timing.measure(models, size, folder, times)
+        runs = Runs(name, size, kept, timing.ratios(times))
+        if runs.missing():
+            _prepare(models, size, folder, console)
+        with Progress(*columns, TimeRemainingColumn(), console=console) as progress:
+            while jobs := runs.missing():
+                said = f"{name}, {jobs[0].start}, {jobs[0].text}"
+                finish(jobs, kept, pool, _run, (size, folder), progress, said)
 
 
 def kept_parts(size: Planned, folder: Path) -> list[Runs]:
@@ -54,10 +57,6 @@ def _kept(size: Planned, folder: Path) -> Kept[Result]:
 def _prepare(models: Iterable[str], size: Planned, folder: Path, console: Console) -> None:
     for model in models:
         prepare(model, size, folder, console)
-
-
-def _start_worker() -> None:
-    torch.set_num_threads(1)  # the workers share the cores, and a run is the same on any number of them
 
 
 def _run(job: Job, size: Planned, folder: Path) -> Result:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,36 +22,14 @@ from start import model as start
 from start.corpus import Corpus
 from start.verifier import reward
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-DEMO = EXPERIMENTS.parent / "examples" / "demo"
 SIZE = SIZES["tiny"]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory, experiment: Callable[..., str]) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
-    command = [
-        sys.executable,
-        EXPERIMENTS,
-        "--size",
-        "tiny",
-        "--part",
-        "post-training",
-        "--jobs",
-        "1",
-        "--output",
-        folder,
-    ]
-    path = [str(DEMO), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [*command, "--arms", "conventional", "densemixer"],
-        capture_output=True,
-        text=True,
-        timeout=900,  # where other tests have the processor
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Total time" in done.stdout
+    printed = experiment("--part", "post-training", "--output", folder, "--arms", "conventional", "densemixer")
+    assert "Total time" in printed
     return folder
 
 

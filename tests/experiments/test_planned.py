@@ -5,37 +5,47 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from common.kept import Kept
 from common.options import console_for
-from common.significance import Comparison, Interval, holm
 from planned import schedule
-from planned.arms import EQUAL_TIME, FROZEN_ROUTER, ROUTER_ONLY, ROUTER_RATE, UP_CYCLED, training
-from planned.comparisons import Compared, compare, stands
-from planned.figures import draw
+from planned.arms import EQUAL_TIME, ROUTER_ONLY, ROUTER_RATE, UP_CYCLED, training
+from planned.comparisons import compare
 from planned.language import Language
 from planned.parts import PARTS
-from planned.running import Job, Result, load, parse, task_of
-from planned.runs import Runs
+from planned.running import Job, load, parse, task_of
 from planned.sizes import PLANNED
 from planned.tables import whole
 from planned.texts import TEXTS, token_ids
 from post_training.arms import BASELINE
 from torch import Tensor
 
+OUTCOME = Path(__file__).parents[2] / "experiments" / "outcome"
 SIZE = PLANNED["tiny"]
 SETTING = ("16 experts", next(iter(TEXTS)))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, experiment: Callable[..., str]) -> Path:
     """After all parts have been run."""
     folder = tmp_path_factory.mktemp("planned")
-    schedule.run_parts(PARTS, SIZE, folder, 1, console_for())
+    experiment("--part", *PARTS, "--output", folder)
     return folder
+
+
+class Here(Executor):
+    """Runs at once, in this process."""
+
+    def submit(self, work: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(work(*arguments, **named))
+        return future
 
 
 def test_every_part_has_all_its_runs(folder: Path) -> None:
@@ -58,23 +68,28 @@ def test_writes_tables_and_plot(folder: Path) -> None:
     compared = compare(parts)
     # Seven in each of four settings, eight of learning rates, and behind the gate one or three.
     assert len(compared) - 36 == (3 if parts[-1].passed() else 1)
-    text = whole(parts, compared)
+    text = (folder / "planned.md").read_text()
+    assert text == whole(parts, compared)
     assert text.count("centered, budget 1/32 less conventional, equal time") == 4
     assert f"all {len(compared)} comparisons" in text
-    draw(compared, folder / "planned.png")
     assert (folder / "planned.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_published_tables_are_those_of_the_published_runs() -> None:
+    parts = schedule.kept_parts(PLANNED["small"], OUTCOME)
+    assert whole(parts, compare(parts)) == (OUTCOME / "planned.md").read_text()
 
 
 def test_what_was_interrupted_goes_on_where_it_stopped(folder: Path) -> None:
     file = folder / "planned.jsonl"
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-2]) + lines[-2][:-9])  # in the middle of writing the last line but one
-    schedule.run_parts(PARTS, SIZE, folder, 1, console_for())
+    schedule.run_parts(PARTS, SIZE, folder, Here(), console_for())
     again = file.read_text().splitlines(keepends=True)
     assert again[:-2] == lines[:-2]
     losses = [[json.loads(line)[name] for name in ("validation", "test")] for line in lines[-2:]]
     assert [[json.loads(line)[name] for name in ("validation", "test")] for line in again[-2:]] == losses
-    schedule.run_parts(PARTS, SIZE, folder, 1, console_for())
+    schedule.run_parts(PARTS, SIZE, folder, Here(), console_for())
     assert file.read_text().splitlines(keepends=True) == again
 
 
@@ -164,75 +179,3 @@ def test_no_text_is_in_two_splits(kind: str) -> None:
     assert sum(map(len, texts.values())) == 60
     assert all(texts.values())
     assert all(texts[a].isdisjoint(texts[b]) for a, b in itertools.combinations(texts, 2))
-
-
-def _tuned(folder: Path, losses: dict[float, float]) -> Runs:
-    """A part of which these validation losses are known, by learning rate."""
-    kept = Kept(folder / "planned.jsonl", {}, parse)
-    runs = Runs("up-cycled", SIZE, kept, {})
-    for arm in (FROZEN_ROUTER, BASELINE):
-        for rate, loss in losses.items():
-            job = Job("up-cycled", *runs.part.settings[0], arm, rate, SIZE.up_cycled_steps, 2000, "validation")
-            kept.add(Result(job, 9.0, loss, None, 0.0, 0.0))
-    return runs
-
-
-@pytest.mark.parametrize(
-    ("known", "asked"),
-    [
-        ({1e-3: 2.0, 1e-2: 1.0}, {0.1}),  # the best is at the upper edge
-        ({1e-3: 1.0, 1e-2: 2.0}, {1e-4}),
-        ({1e-3: 2.0, 1e-2: 1.0, 0.1: 0.5}, set()),  # the grid has grown as often as it may
-        ({1e-3: 2.0, 1e-2: 1.0, 0.1: 3.0}, set()),
-    ],
-)
-def test_a_grid_grows_where_the_best_is_at_its_edge(
-    tmp_path: Path, known: dict[float, float], asked: set[float]
-) -> None:
-    missing = _tuned(tmp_path, known).missing()
-    assert {job.rate for job in missing if job.split == "validation"} == asked
-    if not asked:
-        assert {job.rate for job in missing} == {min(known, key=lambda rate: known[rate])}
-        assert {job.arm for job in missing} == {FROZEN_ROUTER, BASELINE}  # the others are behind the gate
-
-
-def test_holm_is_closed_testing_with_bonferroni() -> None:
-    """Corrected is the largest, over all sets that have the p-value, of the set's smallest times how many it has."""
-    p = [0.001, 0.04, 0.03, 0.005, 0.2, 0.011]
-    sets = [s for size in range(1, 7) for s in itertools.combinations(range(6), size)]
-    expected = [max(min(1, len(s) * min(p[i] for i in s)) for s in sets if one in s) for one in range(6)]
-    assert holm(p) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("mean", "low", "high", "corrected", "verdict"),
-    [
-        (-0.03, -0.04, -0.02, 0.001, "better"),
-        (0.03, 0.02, 0.04, 0.001, "worse"),
-        (-0.03, -0.07, 0.01, 0.2, "undecided"),
-        (-0.004, -0.006, -0.002, 0.001, "no difference that matters"),
-        (0.0, -0.005, 0.005, 1.0, "no difference that matters"),
-        (-0.009, -0.011, -0.007, 0.001, "undecided"),
-    ],
-)
-def test_verdicts(mean: float, low: float, high: float, corrected: float, verdict: str) -> None:
-    assert _compared("centered", BASELINE, SETTING, mean, low, high, corrected).verdict == verdict
-
-
-def _compared(
-    arm: str, base: str, setting: tuple[str, str], mean: float, low: float, high: float, corrected: float
-) -> Compared:
-    found = Comparison(Interval(mean, low, high), corrected)
-    return Compared("router-only", setting, arm, base, found, found, corrected)
-
-
-@pytest.mark.parametrize(("steps", "time", "expected"), [(4, 4, True), (4, 3, True), (4, 2, False), (3, 4, False)])
-def test_what_stands(steps: int, time: int, expected: bool) -> None:
-    better, unknown = (-0.03, -0.04, -0.02, 0.001), (-0.01, -0.05, 0.03, 1.0)
-    found = []
-    for place, setting in enumerate(PARTS["router-only"].settings):
-        found.append(_compared("centered", BASELINE, setting, *(better if place < steps else unknown)))
-        found.append(_compared("centered", EQUAL_TIME, setting, *(better if place < time else unknown)))
-    assert stands(found) == (["centered"] if expected else [])
-    worse = found[-1]._replace(test=Comparison(Interval(0.03, 0.02, 0.04), 0.001))
-    assert stands([*found[:-1], worse._replace(corrected=0.001)]) == []
