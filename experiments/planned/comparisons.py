@@ -43,17 +43,18 @@ class Compared(NamedTuple):
 
 
 def compare(parts: Iterable[Runs]) -> list[Compared]:
-    """Every comparison both of whose arms have all their runs."""
+    """Every comparison in settings that have all their runs."""
     found = []
     for runs in parts:
-        for setting in runs.part.settings:
+        for setting in filter(runs.done, runs.part.settings):
             for arm, base in runs.part.compared:
-                if runs.complete(setting, arm) and runs.complete(setting, base):
-                    test, validation = (
-                        paired(runs.losses(setting, arm, split), runs.losses(setting, base, split))
-                        for split in ("test", "validation")
-                    )
-                    found.append(Compared(runs.name, setting, arm, base, test, validation, 1.0))
+                if not {arm, base} <= set(runs.arms()):
+                    continue  # behind a gate that wasn't passed
+                test, validation = (
+                    paired(runs.losses(setting, arm, split), runs.losses(setting, base, split))
+                    for split in ("test", "validation")
+                )
+                found.append(Compared(runs.name, setting, arm, base, test, validation, 1.0))
     corrected = holm([one.test.p for one in found])
     return [one._replace(corrected=p) for one, p in zip(found, corrected, strict=True)]
 

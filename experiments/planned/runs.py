@@ -31,10 +31,10 @@ class Runs:
     def missing(self) -> list[Job]:
         """The runs that can be done now, of one setting; none if all are done. After them there may be more."""
         for setting in self.part.settings:
-            tuning = [job for arm in self._arms() for job in self._grid(setting, arm)]
+            tuning = [job for arm in self.arms() for job in self._grid(setting, arm)]
             if missing := self._kept.missing(tuning):
                 return missing
-            final = [job for arm in self._arms() for job in self.finals(setting, arm)]
+            final = [job for arm in self.arms() for job in self.finals(setting, arm)]
             if missing := self._kept.missing(final):
                 return sorted(missing, key=lambda job: job.seed)
         return []
@@ -66,6 +66,10 @@ class Runs:
         """Whether an arm has all its runs."""
         return not self._kept.missing(self._grid(setting, arm)) and not self._kept.missing(self.finals(setting, arm))
 
+    def done(self, setting: tuple[str, str]) -> bool:
+        """Whether a setting has all its runs. Without them nothing is said of it."""
+        return all(self.complete(setting, arm) for arm in self.arms())
+
     def results(self, setting: tuple[str, str], arm: str) -> list[Result]:
         """The final results of an arm, in the order of the seeds."""
         return [self._kept[job] for job in self.finals(setting, arm)]
@@ -89,7 +93,7 @@ class Runs:
         """Whether that is enough to go on."""
         return self.gate() >= GATE
 
-    def _arms(self) -> Iterable[str]:
+    def arms(self) -> Iterable[str]:
         """Those that may be run now."""
         return GATED_BY if self.name == "up-cycled" and not (self.gated and self.passed()) else self.part.arms
 

@@ -9,35 +9,42 @@ from common.markdown import interval, markdown
 from common.significance import mean_interval
 from planned.arms import FROZEN_START
 from planned.comparisons import Compared, stands
+from planned.parts import PARTS
 from planned.runs import Runs
 from post_training.tables import percent
 
 
 def whole(parts: Sequence[Runs], compared: Sequence[Compared]) -> str:
-    """All tables."""
+    """All tables, of the settings that have all their runs."""
     found = []
     for runs in parts:
         found.append(f"## {runs.part.title}")
+        done = [setting for setting in runs.part.settings if runs.done(setting)]
+        found += [
+            f"Not finished, so nothing is said of it: {', '.join(s)}." for s in runs.part.settings if s not in done
+        ]
+        if not done:
+            continue
         if runs.gated:
             found.append(gate(runs))
-        for setting in runs.part.settings:
+        for setting in done:
             found += [f"**{', '.join(setting)}**, loss on the test split in nats/token", arms(runs, setting)]
-        of_part = [one for one in compared if one.part == runs.name]
-        found += ["**Differences**, paired by seed", differences(of_part)]
-        if any(runs.tuned(setting, arm) for setting in runs.part.settings for arm in runs.part.arms):
-            found += ["**Tuning**, loss on the validation split; the chosen rate is bold", tuning(runs)]
+        found += ["**Differences**, paired by seed", differences([one for one in compared if one.part == runs.name])]
+        if any(runs.tuned(setting, arm) for setting in done for arm in runs.arms()):
+            found += ["**Tuning**, loss on the validation split; the chosen rate is bold", tuning(runs, done)]
+    missing = [part.title for name, part in PARTS.items() if name not in {runs.name for runs in parts}]
+    found += [f"## {title}\n\nNot run." for title in missing]
     standing = ", ".join(f"`{arm}`" for arm in stands(compared)) or "none"
+    found.append("## What stands")
     found.append(f"Training routers alone stands, by the plan's criterion, for: {standing}.")
-    found.append(f"p is corrected (Holm) for all {len(compared)} comparisons of these parts.")
+    found.append(f"p is corrected (Holm) for all {len(compared)} comparisons here.")
     return "\n\n".join(found) + "\n"
 
 
 def arms(runs: Runs, setting: tuple[str, str]) -> str:
-    """Every arm of one setting that has all its runs."""
+    """Every arm of one setting."""
     rows = []
-    for arm in runs.part.arms:
-        if not runs.complete(setting, arm):
-            continue
+    for arm in runs.arms():
         results = runs.results(setting, arm)
         losses = [result.loss for result in results]
         loss = f"{losses[0]:.4f}" if arm == FROZEN_START else interval(mean_interval(losses), ".4f")
@@ -71,13 +78,10 @@ def differences(compared: Sequence[Compared]) -> str:
     return markdown(["Setting", "What", "Difference", "p", "p, Holm", "Verdict", "On the validation split"], rows)
 
 
-def tuning(runs: Runs) -> str:
+def tuning(runs: Runs, settings: Sequence[tuple[str, str]]) -> str:
     """The loss at every learning rate that was tried."""
     grids = {
-        (setting, arm): losses
-        for setting in runs.part.settings
-        for arm in runs.part.arms
-        if (losses := runs.tuned(setting, arm))
+        (setting, arm): losses for setting in settings for arm in runs.arms() if (losses := runs.tuned(setting, arm))
     }
     rates = sorted({rate for losses in grids.values() for rate in losses})
     rows = []

@@ -16,7 +16,7 @@ from common.kept import Kept
 from common.options import console_for
 from planned import schedule
 from planned.arms import EQUAL_TIME, ROUTER_ONLY, ROUTER_RATE, UP_CYCLED, training
-from planned.comparisons import compare
+from planned.comparisons import compare, stands
 from planned.language import Language
 from planned.parts import PARTS
 from planned.running import Job, load, parse, task_of
@@ -91,6 +91,23 @@ def test_what_was_interrupted_goes_on_where_it_stopped(folder: Path) -> None:
     assert [[json.loads(line)[name] for name in ("validation", "test")] for line in again[-2:]] == losses
     schedule.run_parts(PARTS, SIZE, folder, Here(), console_for())
     assert file.read_text().splitlines(keepends=True) == again
+
+
+def test_nothing_is_said_of_a_setting_without_all_its_runs(folder: Path, tmp_path: Path) -> None:
+    lines = (folder / "planned.jsonl").read_text().splitlines(keepends=True)
+    unfinished = '"start": "32 experts", "text": "documentation", "arm": "centered", "rate"'
+    last = max(number for number, line in enumerate(lines) if unfinished in line)
+    (tmp_path / "planned.jsonl").write_text("".join(lines[:last]))
+    (tmp_path / "step_times.json").write_text((folder / "step_times.json").read_text())
+    parts = schedule.kept_parts(SIZE, tmp_path)
+    assert [runs.name for runs in parts] == ["router-only"]
+    compared = compare(parts)
+    assert len(compared) == 21
+    assert ("32 experts", "documentation") not in {one.setting for one in compared}
+    text = whole(parts, compared)
+    assert "nothing is said of it: 32 experts, documentation." in text
+    assert text.count("Not run.") == 2
+    assert stands(compared) == []
 
 
 def test_runs_of_another_size_are_refused(folder: Path) -> None:
