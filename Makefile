@@ -21,7 +21,7 @@ coverage: .venv/bin/nox  ## make test, measuring which lines it runs
 demo: .venv/bin/nox  ## fine-tune a small MoE with and without DenseMixer: make demo ARGS="--help"
 	$(NOX) --session demo -- $(ARGS)
 
-experiment: .venv/bin/nox  ## does DenseMixer help a small MoE in post-training? under an hour on 2 cores, see EVIDENCE.md
+experiment: .venv/bin/nox  ## does DenseMixer help a small MoE? see EVIDENCE.md: make experiment ARGS="--part router-only"
 	$(NOX) --session experiment -- $(ARGS)
 
 gradient-quality: .venv/bin/nox  ## the routers' gradient against the effect of changing the routing, see EVIDENCE.md

@@ -21,6 +21,7 @@ ELSEWHERE = (
     "benchmarks/results.csv",
     "benchmarks/results.png",
     "examples/*/README.md",
+    "experiments/PLAN.md",
     "experiments/outcome/*",
 )
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")

@@ -399,7 +399,7 @@ def bench_budget(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def experiment(session: nox.Session) -> None:
-    """Post-train a small Mixture-of-Experts model on two tasks, in five ways, with seeds, tuning and error bars."""
+    """Train small Mixture-of-Experts models further, in several ways, with seeds, tuning and error bars."""
     install(session, "transformers-5.24.0")
     install_editable(session)
     session.run("python", "experiments", *session.posargs, env=DEMO)

@@ -19,7 +19,7 @@ def add_common_options(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=list(SIZES),
         default="small",
-        help="small: under an hour on 2 cores. large: for a GPU; it has not been run. tiny: seconds, and worth nothing "
+        help="small: two hours on 2 cores. large: for a GPU; it has not been run. tiny: seconds, and worth nothing "
         "(default: %(default)s)",
     )
     parser.add_argument(

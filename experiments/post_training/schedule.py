@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import fmean
 
 import torch
+from common.kept import Kept, finish
 from common.sizes import Size
 from post_training.arms import ARMS
-from post_training.training import TASKS, Job, Result, run
+from post_training.training import TASKS, Job, Result, parse, run
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from start import model as start
@@ -25,26 +27,24 @@ _corpus: Corpus | None = None  # of a worker process
 def run_all(
     size: Size, seeds: int, arms: Sequence[str], folder: Path, device: str, workers: int, console: Console
 ) -> list[Result]:
-    """The runs that choose learning rates, on the validation split, and those of the experiment, on the test split."""
+    """The runs that choose learning rates, on the validation split, and those of the experiment, on the test split.
+
+    Those that are kept in the folder aren't done again.
+    """
+    kept = Kept(folder / "post_training.jsonl", {**dataclasses.asdict(size), "device": device}, parse)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     spawn = multiprocessing.get_context("spawn")
     with (
         Progress(*columns, TimeRemainingColumn(), console=console) as progress,
-        ProcessPoolExecutor(workers, spawn, _start_worker, (folder,)) as pool,
+        ProcessPoolExecutor(workers, spawn, _start_worker, (folder / "start",)) as pool,
     ):
-
-        def results_of(jobs: list[Job], description: str) -> list[Result]:
-            futures = [pool.submit(_run, job, size, folder, device) for job in jobs]
-            for _ in progress.track(as_completed(futures), len(futures), description=description):
-                pass
-            return [future.result() for future in futures]
-
-        tuning = results_of(tuning_jobs(size, arms), "choosing learning rates")
+        given = (size, folder / "start", device)
+        tuning = finish(tuning_jobs(size, arms), kept, pool, _run, given, progress, "choosing learning rates")
         rates = chosen_rates(tuning)
         final = [
             Job(task, arm, rates[task, arm], seed, "test") for seed in range(seeds) for task in TASKS for arm in arms
         ]
-        return tuning + results_of(final, "training")
+        return tuning + finish(final, kept, pool, _run, given, progress, "training")
 
 
 def tuning_jobs(size: Size, arms: Iterable[str] = ARMS) -> list[Job]:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from common.sizes import Size
@@ -20,6 +20,7 @@ from start import model as start
 from start.corpus import Corpus
 from transformers import get_cosine_schedule_with_warmup
 
+from densemixer_adapters.metrics.gradients import RouterMeter
 from densemixer_adapters.metrics.names import NORM, SHARE
 
 EVALUATIONS = 5  # of the validation split on the way, besides the one before the first step
@@ -85,43 +86,76 @@ class Result:
     seconds: float
 
 
+def parse(fields: dict[str, Any]) -> Result:
+    """From JSON."""
+    curve = [(step, value) for step, value in fields["curve"]]
+    return Result(**{**fields, "job": Job(**fields["job"]), "curve": curve})
+
+
 def run(job: Job, corpus: Corpus, size: Size, folder: Path, device: str) -> Result:
-    """Post-train all weights of the start model, but for frozen routers: AdamW, warmup, cosine, clipping at 1."""
+    """Post-train all weights of the start model, but for frozen routers."""
     model = start.load_model(folder, device)
     task = TASKS[job.task].make(corpus, size, job.seed, device)
     before = selected_experts(model, task.probe)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=job.learning_rate)
-    scheduler = get_cosine_schedule_with_warmup(optimizer, task.steps // 20, task.steps)
-    marks = {round(task.steps * part / EVALUATIONS) for part in range(1, EVALUATIONS + 1)}
-    curve = [(0, _evaluate(model, task, "validation"))]
-    norms, shares, seconds = [0.0], [0.0], 0.0
     with attached(model, job.arm) as gradients:
-        for step in range(task.steps):
-            began = time.perf_counter()
-            model.train()
-            task.loss(model, step).backward()
-            if gradients:
-                measured = gradients.gradients()
-                norms.append(measured[NORM].whole)
-                shares.append(measured[SHARE].whole)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            seconds += time.perf_counter() - began
-            if step + 1 in marks:
-                curve.append((step + 1, _evaluate(model, task, "validation")))
+        groups = [{"params": list(model.parameters()), "lr": job.learning_rate}]
+        trained = train(model, task, groups, EVALUATIONS, gradients)
     return Result(
         job=job,
-        metric=curve[-1][1] if job.split == "validation" else _evaluate(model, task, job.split),
-        curve=curve,
+        metric=trained.curve[-1][1] if job.split == "validation" else evaluate(model, task, job.split),
+        curve=trained.curve,
         routing_change=routing_change(before, selected_experts(model, task.probe)),
-        router_gradient=fmean(norms[1:] or norms),
-        share_unselected=fmean(shares[1:] or shares),
-        seconds=seconds,
+        router_gradient=trained.router_gradient,
+        share_unselected=trained.share_unselected,
+        seconds=trained.seconds,
     )
 
 
-def _evaluate(model: torch.nn.Module, task: Task, split: str) -> float:
+class Trained(NamedTuple):
+    """What was seen in training; as in `Result`."""
+
+    curve: list[tuple[int, float]]
+    router_gradient: float
+    share_unselected: float
+    seconds: float
+
+
+def train(
+    model: Any, task: Task, groups: list[dict[str, Any]], evaluations: int, gradients: RouterMeter | None = None
+) -> Trained:
+    """Train with AdamW, warmup and cosine, gradients clipped at norm 1.
+
+    Args:
+        model: The model, with DenseMixer attached if it is to train so.
+        task: The data of each step.
+        groups: What is trained, and at which rate, as the optimizer wants it.
+        evaluations: How often the validation split is measured on the way, besides before the first step.
+        gradients: Measures the gradient of the routers, if that is wanted.
+    """
+    optimizer = torch.optim.AdamW(groups)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, task.steps // 20, task.steps)
+    marks = {round(task.steps * part / evaluations) for part in range(1, evaluations + 1)}
+    curve = [(0, evaluate(model, task, "validation"))]
+    norms, shares, seconds = [0.0], [0.0], 0.0
+    for step in range(task.steps):
+        began = time.perf_counter()
+        model.train()
+        task.loss(model, step).backward()
+        if gradients:
+            measured = gradients.gradients()
+            norms.append(measured[NORM].whole)
+            shares.append(measured[SHARE].whole)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - began
+        if step + 1 in marks:
+            curve.append((step + 1, evaluate(model, task, "validation")))
+    return Trained(curve, fmean(norms[1:] or norms), fmean(shares[1:] or shares), seconds)
+
+
+def evaluate(model: torch.nn.Module, task: Task, split: str) -> float:
+    """The task's metric on a held-out split, without dropout."""
     model.eval()
     return task.evaluate(model, split)

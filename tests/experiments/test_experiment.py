@@ -3,44 +3,33 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from common.kept import Kept
 from common.significance import holm, mean_interval, paired
 from common.sizes import SIZES
 from post_training.arms import ARMS, attached
 from post_training.schedule import chosen_rates, tuning_jobs
 from post_training.statements import draw, ending_tokens, log_likelihoods, until_end
-from post_training.training import TASKS, Job, Result
+from post_training.training import TASKS, Job, Result, parse
 from scipy import stats
 from start import model as start
 from start.corpus import Corpus
 from start.verifier import reward
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
-DEMO = EXPERIMENTS.parent / "examples" / "demo"
 SIZE = SIZES["tiny"]
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def output(tmp_path_factory: pytest.TempPathFactory, experiment: Callable[..., str]) -> Path:
     folder = tmp_path_factory.mktemp("experiment")
-    command = [sys.executable, EXPERIMENTS, "--size", "tiny", "--jobs", "1", "--output", folder]
-    path = [str(DEMO), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [*command, "--arms", "conventional", "densemixer"],
-        capture_output=True,
-        text=True,
-        timeout=900,  # where other tests have the processor
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Total time" in done.stdout
+    printed = experiment("--part", "post-training", "--output", folder, "--arms", "conventional", "densemixer")
+    assert "Total time" in printed
     return folder
 
 
@@ -65,6 +54,16 @@ def test_writes_every_run(output: Path) -> None:
         added = run["share_unselected"] > 0
         assert added == (run["job"]["arm"] == "densemixer" and run["router_gradient"] > 0)
     assert any(run["share_unselected"] > 0 for run in runs)
+
+
+def test_every_run_is_kept(output: Path) -> None:
+    """What a run says is the same after it was written and read."""
+    rows = json.loads((output / "results.json").read_text())["runs"]
+    common = {**dataclasses.asdict(SIZE), "device": "cpu"}
+    kept = Kept(output / "post_training.jsonl", common, parse)
+    assert {job: dataclasses.asdict(kept[job]) for job in kept.jobs} == {
+        Job(**row["job"]): {**row, "curve": [tuple(point) for point in row["curve"]]} for row in rows
+    }
 
 
 def test_writes_tables_and_plots(output: Path) -> None:

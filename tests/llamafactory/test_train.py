@@ -14,8 +14,10 @@ import pytest
 import torch
 from installs import is_installed
 from llamafactory_runs import EXAMPLES, SGD, LlamaFactory, Run
+from pages import REPOSITORY, blocks
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from yaml import safe_load
 
 V1 = {"data": "v1", "environment": (("USE_V1", "1"),)}
 ZERO3 = f"deepspeed={EXAMPLES / 'ds_z3_config.json'}"
@@ -84,6 +86,22 @@ def test_lora_trains_the_router_and_exports(llamafactory: LlamaFactory, start: d
         torch.testing.assert_close(
             model.get_parameter(name.removeprefix("base_model.model.")), weight, check_dtype=False
         )
+
+
+def test_routers_alone(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
+    """From an adapter that has nothing but routers, as the page says."""
+    page = blocks(REPOSITORY / "docs" / "router-only.md")
+    _, adapted, saved = (block.text for block in page if block.language == "python")
+    (settings,) = (block.text for block in page if block.language == "yaml")
+    place = llamafactory.folder / "routers"
+    names = {"model": AutoModelForCausalLM.from_pretrained(llamafactory.model, dtype=torch.float32)}
+    exec(adapted + saved.replace("routers", str(place)), names)
+    values = [f"{key}={value}" for key, value in safe_load(settings.replace("routers", str(place))).items()]
+    values = [value for value in values if not value.startswith(("use_densemixer=", "densemixer="))]
+    run = llamafactory.train("lora_sft.yaml", *SGD, *values, "densemixer.estimator=centered")
+    plain = llamafactory.train("lora_sft.yaml", *SGD, *values, key=False)
+    assert len(run.weights) == 2
+    same_but_for_the_routers_gradient(run, plain, start)
 
 
 def test_dpo(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> None:
