@@ -27,6 +27,6 @@ def draw(compared: Sequence[Compared], file: Path) -> None:
     axes.set_yticks(range(len(compared)), names, fontsize="small")
     axes.set_ylim(len(compared) - 0.5, -0.5)
     axes.set_xscale("symlog", linthresh=2 * OF_INTEREST)
-    axes.set(xlabel="difference of the loss on the test split, nats/token; better is to the left; 95 % intervals")
+    axes.set(xlabel="difference on the test split, nats/token; better is to the left")
     axes.grid(alpha=0.3, axis="x")
     figure.savefig(file, dpi=90)
