@@ -9,8 +9,9 @@ post-training  five ways, on two tasks: writing docstrings, by supervised fine-t
 router-only    nothing but routers is trained, on text of another kind
 router-rate    docstrings again, with ten times the learning rate for routers
 up-cycled      a start model whose experts are copies of a dense network, and whose router is random
+preflight      what `densemixer preflight` says of the settings of these three, beside what they showed
 
-The last three are decided beforehand, in experiments/PLAN.md. A run that has finished is kept in the output folder, and
+The three are decided beforehand, in experiments/PLAN.md. A run that has finished is kept in the output folder, and
 isn't done again: what was interrupted goes on where it stopped.
 
 `make experiment` runs it with `examples/demo` in PYTHONPATH: data, batches and the measure of routing are the demo's.
@@ -33,6 +34,7 @@ from planned import comparisons
 from planned import figures as planned_figures
 from planned import schedule as planned_schedule
 from planned import tables as planned_tables
+from planned.foresight import compare_with_training
 from planned.parts import PARTS as PLANNED_PARTS
 from planned.sizes import PLANNED
 from post_training import figures, tables
@@ -42,7 +44,7 @@ from post_training.training import Result
 from rich.console import Console
 from start import model as start
 
-POST_TRAINING = "post-training"
+POST_TRAINING, PREFLIGHT = "post-training", "preflight"
 
 
 def main() -> None:
@@ -56,6 +58,10 @@ def main() -> None:
         with planned_schedule.worker_pool(options.jobs) as pool:
             planned_schedule.run_parts(planned, PLANNED[options.size], options.output, pool, console)
         report_planned(options, console)
+    if PREFLIGHT in options.part:
+        size, folder = PLANNED[options.size], options.output
+        foresaw = compare_with_training(planned_schedule.kept_parts(size, folder), size, folder, console)
+        _write(foresaw, folder / "preflight.md", console)
     minutes = (time.perf_counter() - began) / 60
     console.print(f"\n{hardware(options.device)}\nTotal time: {minutes:.0f} min; {options.output}")
 
@@ -92,7 +98,7 @@ def parse() -> argparse.Namespace:
         prog="make experiment", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_common_options(parser)
-    parts = [POST_TRAINING, *PLANNED_PARTS]
+    parts = [POST_TRAINING, *PLANNED_PARTS, PREFLIGHT]
     parser.add_argument("--part", nargs="+", choices=parts, help="(default: all that the size has)")
     parser.add_argument("--seeds", type=int, help="runs of each arm in post-training (default: as the size says)")
     parser.add_argument(

@@ -36,15 +36,16 @@ class Language:
         probe = self._held_out["validation"][:HELD_OUT_ROWS]
         self.probe = Batch(probe, torch.ones_like(probe), probe)
 
+    def batch(self, step: int) -> dict[str, Tensor]:
+        ids = self._train[self._begins[step] + self._places]
+        return {"input_ids": ids, "labels": ids}
+
     def loss(self, model: Any, step: int) -> Tensor:
-        return _loss(model, self._train[self._begins[step] + self._places])
+        loss: Tensor = model(**self.batch(step), use_cache=False).loss
+        return loss
 
     @torch.no_grad()
     def evaluate(self, model: Any, split: str) -> float:
         parts = self._held_out[split].split(HELD_OUT_ROWS)
-        return sum(_loss(model, part).item() * len(part) for part in parts) / len(self._held_out[split])
-
-
-def _loss(model: Any, ids: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
-    return loss
+        losses = [model(input_ids=part, labels=part, use_cache=False).loss.item() * len(part) for part in parts]
+        return float(sum(losses)) / len(self._held_out[split])

@@ -34,8 +34,11 @@ class Docstrings:
         self._device = device
         self.probe: Batch = self._held_out["validation"][0]
 
+    def batch(self, step: int) -> dict[str, Tensor]:
+        return self._batches[step].to(self._device)._asdict()
+
     def loss(self, model: Any, step: int) -> Tensor:
-        loss: Tensor = model(**self._batches[step].to(self._device)._asdict(), use_cache=False).loss
+        loss: Tensor = model(**self.batch(step), use_cache=False).loss
         return loss
 
     @torch.no_grad()

@@ -81,6 +81,32 @@ def test_as_json(checkpoint: Path, text: Path) -> None:
     assert report["verdict"].keys() == {"works", "text"}
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib; run `nox -s transformers`"
+)
+def test_json_and_page(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    assert found(checkpoint, text, "--output", tmp_path)["steps"] == 1000
+    assert {file.name for file in tmp_path.iterdir()} == {"preflight.png", "preflight.html"}
+
+
+def test_what_can_not_be_kept_is_not_begun(text: Path, tmp_path: Path) -> None:
+    done = preflight(tmp_path / "none", text, "--output", text)
+    assert done.exit_code == 2
+    assert "can't write" in done.stderr or "needs matplotlib" in done.stderr
+
+
+def test_no_such_folder(text: Path, tmp_path: Path) -> None:
+    done = preflight(tmp_path / "none", text)
+    assert done.exit_code == 2
+    assert f"there is no folder {tmp_path / 'none'} here" in done.stderr
+
+
+def test_no_such_device(checkpoint: Path, text: Path) -> None:
+    done = preflight(checkpoint, text, *SMALL[:-1], "cuda:99")
+    assert done.exit_code == 2
+    assert "can't use the device cuda:99" in done.stderr
+
+
 def test_the_dtype_that_rounds(checkpoint: Path, text: Path) -> None:
     report = found(checkpoint, text, "--dtype", "bfloat16", "--learning-rate", 1e-6)
     assert 0.99 < report["estimators"]["densemixer"]["lost"]["whole"] <= 1

@@ -16,7 +16,7 @@ from densemixer_adapters.cli.doctor import DISTRIBUTION, Check, examine
 from densemixer_adapters.cli.launch import run, setup
 from densemixer_adapters.cli.preflight import preflight
 from densemixer_adapters.cli.printable import printable, say
-from densemixer_adapters.cli.reading import reading
+from densemixer_adapters.cli.reading import not_a_folder, reading
 from densemixer_adapters.cli.worth import ESTIMATORS, WHAT_COSINES_ARE, cosines
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode="markdown")
@@ -82,7 +82,7 @@ def inspect(
 
     Reads the configuration alone, no weights. The exit status is 1 if the model isn't supported, 2 if it can't be read.
     """
-    with reading(f"the configuration of {checkpoint}"):
+    with reading(f"the configuration of {checkpoint}", not_a_folder(checkpoint)):
         from densemixer_adapters.cli.inspection import build_empty, inspect_model
 
         report = inspect_model(build_empty(checkpoint))
@@ -131,7 +131,7 @@ def cost(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     try:
-        with reading(f"the configuration of {checkpoint}"):
+        with reading(f"the configuration of {checkpoint}", not_a_folder(checkpoint)):
             from densemixer_adapters.cli.inspection import build_empty, estimate
 
             model = build_empty(checkpoint)

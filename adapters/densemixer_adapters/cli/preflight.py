@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from densemixer_adapters.cli.printable import say
-from densemixer_adapters.cli.reading import reading
+from densemixer_adapters.cli.reading import not_a_folder, reading
 
 if TYPE_CHECKING:
     from densemixer_adapters.preflight import Preflight
@@ -44,9 +45,7 @@ def preflight(
     output: Annotated[
         Path | None, typer.Option("--output", help="Folder for preflight.png and preflight.html; none if not given.")
     ] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print verdict and numbers as JSON, and draw nothing.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print verdict and numbers as JSON.")] = False,
 ) -> None:
     """Look before training: would it move the routing of a model, and by a signal or by noise?
 
@@ -64,6 +63,8 @@ def preflight(
         raise typer.BadParameter(f"--learning-rate must be above 0 and below 1, got {learning_rate}")
     from densemixer_adapters.errors import UnsupportedModelError
 
+    if output is not None:
+        _try_to_write(output)
     try:
         found = _look(checkpoint, data, steps, learning_rate, length, sequences, count, dtype, device)
     except UnsupportedModelError as error:
@@ -74,20 +75,31 @@ def preflight(
 
     if as_json:
         typer.echo(to_json(found))
-        return
-    say(found.verdict.text)
-    typer.echo(f"\n{tables(found)}")
+    else:
+        say(found.verdict.text)
+        typer.echo(f"\n{tables(found)}")
     if output is None:
         return
     try:
         written = write(found, output, f"{checkpoint} and {data}")
-    except ImportError:
-        say("densemixer preflight: drawing needs matplotlib: pip install matplotlib", err=True)
-        raise typer.Exit(2) from None
     except OSError as error:
-        say(f"densemixer preflight: can't write: {error}; choose a folder with --output", err=True)
-        raise typer.Exit(2) from None
-    say("", f"Wrote {' and '.join(map(str, written))}.")
+        _end(f"can't write: {error}; choose a folder with --output")
+    say("", f"Wrote {' and '.join(map(str, written))}.", err=as_json)
+
+
+def _try_to_write(folder: Path) -> None:
+    """Before a model is loaded for what can't be drawn, or kept."""
+    if importlib.util.find_spec("matplotlib") is None:
+        _end("drawing needs matplotlib: pip install matplotlib")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _end(f"can't write: {error}; choose a folder with --output")
+
+
+def _end(why: str) -> NoReturn:
+    say(f"densemixer preflight: {why}", err=True)
+    raise typer.Exit(2) from None
 
 
 def _look(
@@ -102,6 +114,8 @@ def _look(
     device: str | None,
 ) -> Preflight:
     """What costs little comes first: the configuration, the tokenizer and the data."""
+    import torch
+
     from densemixer_adapters.cli.inspection import build_empty, inspect_model
     from densemixer_adapters.cli.texts import UnusableDataError, batches_of
     from densemixer_adapters.errors import UnsupportedModelError
@@ -109,7 +123,7 @@ def _look(
 
     with reading(f"the adapter in {checkpoint}"):
         base = _base_of(checkpoint)
-    with reading(f"the configuration of {base}"):
+    with reading(f"the configuration of {base}", not_a_folder(base)):
         report = inspect_model(build_empty(base))
     if not report.supported:
         raise UnsupportedModelError(report.reason)
@@ -118,10 +132,14 @@ def _look(
     try:
         batches = batches_of(data, tokenizer, count, sequences, length)
     except UnusableDataError as error:
-        say(f"densemixer preflight: {error}", err=True)
-        raise typer.Exit(2) from None
+        _end(str(error))
+    if base != checkpoint and importlib.util.find_spec("peft") is None:
+        _end(f"the adapter in {checkpoint} needs peft: pip install peft")
+    where = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    with reading(f"the device {where}", "; choose another with --device"):
+        torch.empty(0, device=where)
     with reading(f"the model of {checkpoint}"):
-        model = _model(base, None if base == checkpoint else checkpoint, dtype, device)
+        model = _model(base, None if base == checkpoint else checkpoint, dtype).to(where)
         batches = [{name: value.to(model.device) for name, value in batch.items()} for batch in batches]
         return look(model, batches, steps=steps, learning_rate=learning_rate)
 
@@ -151,14 +169,12 @@ def _tokenizer(checkpoint: str) -> Any:
     return tokenizer
 
 
-def _model(base: str, adapter: str | None, dtype: str | None, device: str | None) -> Any:
-    import torch
+def _model(base: str, adapter: str | None, dtype: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    where = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype or "auto", trust_remote_code=False)
     if adapter is not None:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    return model.to(where)
+    return model

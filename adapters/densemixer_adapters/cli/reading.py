@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 
 from densemixer_adapters.cli.printable import one_line, say
 from densemixer_adapters.errors import UnsupportedModelError
+
+
+def not_a_folder(checkpoint: str) -> str:
+    """For the end of such a line: that it was looked for on the hub since it isn't a folder here."""
+    return "" if Path(checkpoint).is_dir() else f"; there is no folder {checkpoint} here"
 
 
 @contextlib.contextmanager

@@ -107,7 +107,8 @@ def read_run(folder: Path) -> Run:
         return Run([], left_out)
     raise UnreadableRunError(
         "; ".join(left_out)
-        or f"{folder}: no {STATE} in it or in a checkpoint below it, and no JSON lines of verl (trainer.logger=[file])"
+        or f"{folder}: no {STATE} in it or in a checkpoint below it, and no JSON lines of verl "
+        "(trainer.logger=[file]). The HF Trainer writes it with a checkpoint, or by trainer.save_state()"
     )
 
 

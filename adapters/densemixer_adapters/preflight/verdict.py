@@ -23,6 +23,9 @@ experiments would care about. Since it is hindsight, and no more than the first 
 SURE = 10
 """The estimate of how much routing changes is right to an order of magnitude: so far below a threshold, it is below."""
 
+NO_BOUND = 0.995
+"""A bound on what changes, of which a share so large says nothing."""
+
 MAYBE = "whether models become better, a control run must say"
 
 
@@ -52,7 +55,7 @@ def judge(
     change, agreement, lost = found.change.whole, found.agreement.whole, found.lost.whole
     run = f"{steps} steps at {learning_rate:g}"
     rounding = f", with {percent(lost)} of their updates lost to rounding" if lost > 0.5 else ""
-    bound = "" if math.isnan(at_most.whole) else f", at most {percent(at_most.whole)}"
+    bound = f", at most {percent(at_most.whole)}" if at_most.whole < NO_BOUND else ""  # NaN where there is none
     if at_most.whole < CHANGE_THRESHOLD:
         return Verdict(
             False, f"routers would leave the routing as it is: {run} change {percent(at_most.whole)} at most{rounding}"
