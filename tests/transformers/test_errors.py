@@ -94,7 +94,7 @@ def test_routers_that_are_frozen_later_warn_once(caplog: pytest.LogCaptureFixtur
 @pytest.mark.parametrize(
     ("declared", "message"),
     [
-        (routers.Router("sigmoid", True), "the sigmoid of its logits, but its weights are not proportional"),
+        (routers.Router("sigmoid", True), "the sigmoid of its logits, its weights are not proportional"),
         (routers.Router("softmax", False), "their ratio to the scores differs between tokens"),
     ],
 )

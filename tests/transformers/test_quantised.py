@@ -264,8 +264,9 @@ def test_fp8_experts_are_refused() -> None:
     except ModuleNotFoundError as error:
         pytest.skip(f"transformers {transformers.__version__} has them with triton only: {error}")
 
+    config = FAMILIES["qwen3_moe"].build().config
     with torch.device("meta"):
-        model = transformers.Qwen3MoeForCausalLM(FAMILIES["qwen3_moe"].build().config)
+        model = transformers.Qwen3MoeForCausalLM(config)
     model = replace_with_fp8_linear(model, quantization_config=transformers.FineGrainedFP8Config())
     with pytest.raises(UnsupportedModelError, match=r"\(FP8Experts\), `gate_up_proj` is quantised.*dequantize=True"):
         apply_densemixer(model)
