@@ -67,6 +67,17 @@ def worst(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     return max(error.item() for error in errors)
 
 
+def words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:300]
+
+
+def first_of_ranks(said: str) -> str:
+    """What the first rank says that says anything."""
+    ranks = [""] * dist.get_world_size()
+    dist.all_gather_object(ranks, said)
+    return next(filter(None, ranks), "")
+
+
 def outcome(folder: str, cls: Any, layout: dict[str, int]) -> Outcome:
     model, place = architectures.build(folder, cls), [tempfile.mkdtemp()]
     dist.broadcast_object_list(place)
@@ -79,12 +90,18 @@ def outcome(folder: str, cls: Any, layout: dict[str, int]) -> Outcome:
         "attn_implementation": "eager",
     }
     parts = layout.get("fsdp_size", 1)
+    spread, said = None, ""
     try:
         spread = cls.from_pretrained(place[0], distributed_config=DistributedConfig(**layout), **options).train()
+    except Exception as error:
+        said = words(error)
+    if said := first_of_ranks(said):  # one rank alone may fail to load its part
+        return Outcome("no plan" if "_plan`" in said else "fails", more=said)
+    try:
         found, truth = step(spread, parts), step(model)
         conventional = worst(found, truth)
     except Exception as error:
-        return Outcome("no plan" if "_plan`" in str(error) else "fails", more=f"{type(error).__name__}: {error}"[:300])
+        return Outcome("fails", more=words(error))
     try:
         apply_densemixer(spread)
     except UnsupportedModelError as error:
