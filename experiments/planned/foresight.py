@@ -19,6 +19,7 @@ from densemixer_adapters.preflight import preflight
 ARM = "centered"
 """Of which the verdict speaks, where weights are renormalised as here."""
 BATCHES = 8
+"""Of the first steps, at most."""
 MEAN_OF_SCHEDULE = 0.5
 """Of a warmup to the learning rate and a cosine to zero."""
 HEAD = (
@@ -47,7 +48,7 @@ def compare_with_training(parts: Sequence[Runs], size: Planned, folder: Path, co
         task = task_of(job, size, folder)
         found = preflight(
             load(job.start, size, folder).train(),
-            [task.batch(step) for step in range(BATCHES)],
+            [task.batch(step) for step in range(min(BATCHES, task.steps))],
             steps=task.steps,
             learning_rate=MEAN_OF_SCHEDULE * job.rate,
         )

@@ -75,6 +75,19 @@ def test_writes_tables_and_plot(folder: Path) -> None:
     assert (folder / "planned.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_look_beforehand_beside_what_training_showed(folder: Path, experiment: Callable[..., str]) -> None:
+    experiment("--part", "preflight", "--output", folder)
+    parts = schedule.kept_parts(SIZE, folder)
+    table, verdicts = (folder / "preflight.md").read_text().strip().split("\n\n")
+    compared = [one for one in compare(parts) if (one.arm, one.base) == ("centered", BASELINE)]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]] == [
+        ", ".join(one.setting) for one in compared
+    ]
+    for one, row, verdict in zip(compared, table.splitlines()[2:], verdicts.splitlines(), strict=True):
+        assert f"{one.test.difference.mean:+.4f} [" in row
+        assert verdict.startswith(f"- **{', '.join(one.setting)}**: routers would")
+
+
 def test_the_published_tables_are_those_of_the_published_runs() -> None:
     parts = schedule.kept_parts(PLANNED["small"], OUTCOME)
     assert whole(parts, compare(parts)) == (OUTCOME / "planned.md").read_text()
