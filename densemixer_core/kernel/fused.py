@@ -9,7 +9,8 @@ from torch import Tensor
 
 from densemixer_core.kernel import INTERPRETED
 from densemixer_core.kernel.activations import Activation
-from densemixer_core.kernel.ways import ONE_BY_ONE, TOLERANCE, fastest, trial_tokens, ways
+from densemixer_core.kernel.trial import trial_tokens
+from densemixer_core.kernel.ways import ONE_BY_ONE, TOLERANCE, fastest, ways
 from densemixer_core.products import room_for_dots, scaled
 from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts
 

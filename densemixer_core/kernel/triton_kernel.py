@@ -22,7 +22,7 @@ from torch import Tensor
 
 from densemixer_core.kernel import INTERPRETED
 from densemixer_core.kernel.activations import Activation
-from densemixer_core.kernel.ways import trial_tokens
+from densemixer_core.kernel.trial import trial_tokens
 
 
 def _configs() -> list[Any]:

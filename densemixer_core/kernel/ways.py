@@ -16,14 +16,13 @@ from torch import Tensor
 
 from densemixer_core import products
 from densemixer_core.kernel import INTERPRETED
+from densemixer_core.kernel.trial import trial_tokens
 from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts
 
 logger = logging.getLogger("densemixer")
 
 # ‖way − products‖ / ‖products‖: a few roundings of each number, and for float32 what TF32 does to it.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 4e-3}
-
-_FEWEST, _MOST = (16, 16) if INTERPRETED else (256, 4096)
 
 Way = Callable[[Tensor, Tensor], Tensor]
 """From x and g, [tokens, hidden] each, contiguous and in the dtype of the products, to [experts, tokens]."""
@@ -52,11 +51,6 @@ def ways(experts: StackedExperts, workspace_bytes: int) -> dict[str, Way]:
         return products.expert_dots(x, g, plain, x.dtype, workspace_bytes).t()
 
     return {"fused kernel": fused_kernel, "all at once": all_at_once, ONE_BY_ONE: one_by_one}
-
-
-def trial_tokens(tokens: int) -> int:
-    """How many tokens the ways are tried with for a step of so many: which is fastest depends on their number."""
-    return min(_MOST, max(_FEWEST, 1 << (tokens - 1).bit_length()))
 
 
 def fastest(candidates: dict[str, Way], like: Tensor) -> str:

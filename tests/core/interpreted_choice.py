@@ -10,7 +10,7 @@ import pytest
 import torch
 from interpreting import ELSEWHERE, RAGGED, TRIAL, both, make
 
-from densemixer_core.kernel import fused, ways
+from densemixer_core.kernel import fused, trial
 
 pytest_plugins = ["interpreting"]
 
@@ -47,8 +47,8 @@ def test_it_is_proved_once_for_each_shape(launches: dict[str, list[int]]) -> Non
 
 def test_it_is_proved_for_each_size_of_step(monkeypatch: pytest.MonkeyPatch, be_fastest: Callable[[str], None]) -> None:
     """A step of few tokens may be faster in another way than one of many."""
-    monkeypatch.setattr(ways, "_MOST", 32)
-    assert [ways.trial_tokens(tokens) for tokens in (1, 16, 17, 32, 33, 5000)] == [16, 16, 32, 32, 32, 32]
+    monkeypatch.setattr(trial, "_MOST", 32)
+    assert [trial.trial_tokens(tokens) for tokens in (1, 16, 17, 32, 33, 5000)] == [16, 16, 32, 32, 32, 32]
     seen = []
     for tokens, way in ((37, "all at once"), (3, "fused kernel"), (30, "one by one"), (16, "one by one")):
         be_fastest(way)

@@ -12,7 +12,7 @@ from layers import Case, Layer
 from torch import Tensor
 
 from densemixer_core import Activation, StackedExperts, expert_dots
-from densemixer_core.kernel import at_once, fused, triton_kernel, ways
+from densemixer_core.kernel import at_once, fused, trial, triton_kernel, ways
 
 FORMULAS = {
     "concatenated": Activation("silu", "concatenated"),
@@ -26,7 +26,7 @@ FORMULAS = {
 RAGGED = Case(tokens=37, hidden=20, ffn=18, experts=2, k=1)
 
 
-TRIAL = ways.trial_tokens(1)
+TRIAL = trial.trial_tokens(1)
 ELSEWHERE = {"fused kernel": triton_kernel, "all at once": at_once}
 """The ways other than the products one by one."""
 
