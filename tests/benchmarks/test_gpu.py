@@ -83,12 +83,20 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
         "time.sleep(600)"
     )
     start = time.monotonic()
-    outcome = gpu.run(part(code, limit=2), tmp_path, dry=False)
-    assert time.monotonic() - start < 30
-    assert (outcome.state, outcome.found) == ("ended", "took more than 2 s, see some.log")
+    outcome = gpu.run(part(code, limit=5), tmp_path, dry=False)  # time for Python to start, where others work
+    assert time.monotonic() - start < 60
+    assert (outcome.state, outcome.found) == ("ended", "took more than 5 s, see some.log")
     child = int((tmp_path / "some.log").read_text())
-    state = Path(f"/proc/{child}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    while runs(child):  # what is killed takes a moment to be gone
+        assert time.monotonic() - start < 60
+        time.sleep(0.05)
+
+
+def runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_what_becomes_of_a_part(tmp_path: Path) -> None:
