@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from densemixer_adapters.metrics.gradients import Measured
 from densemixer_adapters.metrics.lost_updates import LostUpdates
 from densemixer_adapters.preflight import Estimated, Preflight, preflight
+from densemixer_adapters.preflight.agreement import cosine_of_halves
 from densemixer_adapters.preflight.verdict import judge
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig
@@ -447,3 +448,11 @@ def test_what_is_said() -> None:
     assert said(0.05, 0.4, 0.2, at_most=0.009)[0] is False
     assert said(0.05, 0.4, 0.2, at_most=math.nan)[0] is True
     assert "with 99.9 % of their updates lost to rounding" in said(0.0, 0.4, 0.2, lost=0.999)[1]
+
+
+def test_many_batches_are_halved_in_some_ways() -> None:
+    random = torch.Generator().manual_seed(0)
+    signal, noise = torch.randn(41, 50, generator=random, dtype=torch.float64).split([1, 40])
+    rows = noise + signal
+    expected = 20 / 21  # signal and noise of a batch are as large
+    assert cosine_of_halves(rows @ rows.T) == pytest.approx(expected, abs=0.05)
