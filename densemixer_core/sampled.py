@@ -115,13 +115,18 @@ class _Evaluator:
 
     def _split(self, pairs: Pairs) -> Iterator[tuple[Rows, Tensor, Tensor, Tensor]]:
         """For a part of the pairs each time: the experts, the number of each row's expert, and its x and g."""
+        # Of the rows one copy, written to again for each part: new memory costs a CPU more than the copy.
+        room = [rows.new_empty(min(self._rows, len(pairs.place)), rows.shape[1]) for rows in (self._x, self._g)]
         start = 0
         for place in torch.split(pairs.place, self._rows):
             expert, token = place // len(self._x), place % len(self._x)
             up_bias, down_bias = (None if bias is None else bias.index_select(0, expert) for bias in self._biases)
             grouped = functools.partial(_grouped_affine, (pairs.ends - start).clamp(0, len(place)))
             rows = Rows(self._up, self._down, up_bias, down_bias, self._layout, grouped)
-            yield rows, expert, self._x.index_select(0, token), self._g.index_select(0, token)
+            x, g = (copy[: len(place)] for copy in room)
+            torch.index_select(self._x, 0, token, out=x)
+            torch.index_select(self._g, 0, token, out=g)
+            yield rows, expert, x, g
             start += len(place)
 
 
