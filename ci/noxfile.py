@@ -261,13 +261,6 @@ def oldest_triton(session: nox.Session) -> None:
 
 
 @nox.session(default=False, tags=["more"])
-def gpu_dry_run(session: nox.Session) -> None:
-    """What `make gpu` runs, small, on a CPU: benchmarks too, which take a minute."""
-    install(session, "transformers-5.24.0")
-    session.run("python", "ci/gpu.py", "--dry-run", *session.posargs)
-
-
-@nox.session(default=False, tags=["more"])
 def torchtitan(session: nox.Session) -> None:
     """torchtitan: its layers, and its own Trainer on one, two and four processes, on the CPU."""
     install(session, "torchtitan")
