@@ -36,6 +36,10 @@ CHANGED_EXPERTS = (
     "DenseMixer: weights of experts were written to in place between the forward of their layer and its backward, "
     "first in {name}. The gradient that DenseMixer adds is that of the weights as they are in the backward."
 )
+LATECOMER = (
+    "DenseMixer: {name} has come into the model after DenseMixer was attached to it, and trains as without DenseMixer. "
+    "Change the model first, or call handle.remove() and apply_densemixer again."
+)
 _FIX = (
     'With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["{router}"]); otherwise call '
     "requires_grad_(True) on it."

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import uuid
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from packaging.version import Version
@@ -20,6 +21,7 @@ from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
 from densemixer_adapters.transformers.announce import (
     CHANGED_EXPERTS,
+    LATECOMER,
     LOST_GRADIENT,
     OVERFLOW,
     UNREAD_METRICS,
@@ -29,6 +31,7 @@ from densemixer_adapters.transformers.announce import (
     warn,
 )
 from densemixer_adapters.transformers.find import ROUTER_NAMES, find_blocks, find_layers
+from densemixer_adapters.transformers.latecomers import watch
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
 
@@ -145,6 +148,10 @@ def _attached_layer(block: nn.Module) -> DenseMixerLayer | None:
     return next((owner for owner in owners if isinstance(owner, DenseMixerLayer)), None)
 
 
+def _is_attached(block: nn.Module) -> bool:
+    return _attached_layer(block) is not None
+
+
 def _make_way(model: nn.Module, layers: list[DenseMixerLayer]) -> None:
     """Remove handles that give way, where they have the blocks of these layers.
 
@@ -197,10 +204,11 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         self._said: set[str] = set()
         for layer in layers:
             layer.attach(self)
+        self._end_watch: Callable[[], object] | None = watch(model, _is_attached, self.warn_of_latecomer)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Nobody holds that handle, so it gives way."""
-        return {**vars(self), "_model": None, "gives_way": True}
+        return {**vars(self), "_model": None, "_end_watch": None, "gives_way": True}
 
     def warn_of_frozen_routers(self) -> None:
         """Log one warning for all layers whose router is frozen now, but once for each."""
@@ -228,6 +236,10 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         """Log one warning that a layer's experts were written to between its forward and its backward."""
         self._warn_once(CHANGED_EXPERTS, name)
 
+    def warn_of_latecomer(self, name: str) -> None:
+        """Log one warning of the first layer that comes into the model without DenseMixer."""
+        self._warn_once(LATECOMER, name)
+
     def _warn_once(self, text: str, name: str = "") -> None:
         if text not in self._said:
             self._said.add(text)
@@ -236,6 +248,8 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
         super().remove()
+        if self._end_watch is not None:
+            self._end_watch()
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
             handle = _handle_of(layer)

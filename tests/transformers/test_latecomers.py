@@ -1,0 +1,133 @@
+"""Layers that come into a model after DenseMixer has been attached: they train without it, and that is said."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import FAMILIES, tokens
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.modules import module as torch_modules
+
+from densemixer_adapters.transformers import apply_densemixer, attached_handle, attached_layers, latecomers
+from densemixer_core import DenseMixerConfig
+
+KINDS = ["qwen3_moe", "mixtral", "deepseek_v3"]
+
+
+def layer_of(model: Any) -> Any:
+    """A layer like the model's last, without DenseMixer."""
+    last = model.model.layers[-1]
+    return type(last)(model.config, layer_idx=len(model.model.layers) - 1)
+
+
+def replace_block(model: Any) -> str:
+    model.model.layers[1].mlp = layer_of(model).mlp
+    return "model.layers.1.mlp"
+
+
+def replace_layer(model: Any) -> str:
+    model.model.layers[-1] = layer_of(model)
+    return f"model.layers.{len(model.model.layers) - 1}.mlp"
+
+
+def replace_all_layers(model: Any) -> str:
+    model.model.layers = nn.ModuleList([layer_of(model) for _ in model.model.layers])
+    return "model.layers.0.mlp"
+
+
+def append_layer(model: Any) -> str:
+    model.model.layers.append(layer_of(model))
+    return f"model.layers.{len(model.model.layers) - 1}.mlp"
+
+
+@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("change", [replace_block, replace_layer, replace_all_layers, append_layer])
+def test_one_warning_names_the_first(
+    change: Callable[[Any], str], family: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model: Any = FAMILIES[family].build("eager")
+    handle = apply_densemixer(model)
+    name = change(model)
+    change(model)
+    (record,) = (record for record in caplog.records if "has come into the model" in record.message)
+    assert record.levelno == logging.WARNING
+    assert f"{name} (" in record.message
+    assert "apply_densemixer again" in record.message
+    handle.remove()
+    again = apply_densemixer(model)  # as the warning says
+    assert len(again.layers) == len(FAMILIES[family].blocks(model))
+    again.remove()
+
+
+def wrap(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.mlp = checkpoint_wrapper(layer.mlp)
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+
+
+def copy_a_layer(model: Any) -> None:
+    model.model.layers.append(copy.deepcopy(model.model.layers[1]))
+
+
+def prune(model: Any) -> None:
+    model.model.layers = model.model.layers[:1]
+
+
+def exchange(model: Any) -> None:
+    model.model.layers = nn.ModuleList(reversed(model.model.layers))
+
+
+def hold_with_another(model: Any) -> None:
+    nn.ModuleDict({"policy": model, "reference": FAMILIES["qwen3_moe"].build()})
+
+
+def new_router(model: Any) -> None:
+    block = model.model.layers[1].mlp
+    block.gate = type(block.gate)(model.config)
+
+
+@pytest.mark.parametrize("layers", [None, "-1:"])
+@pytest.mark.parametrize("change", [wrap, copy_a_layer, prune, exchange, hold_with_another, new_router])
+def test_nothing_is_said_of_others(
+    change: Callable[[Any], None], layers: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What stands in the model already, a copy that took DenseMixer along, other models, a router of a known kind."""
+    if layers and change is copy_a_layer:
+        layers = "1:"
+    model = FAMILIES["qwen3_moe"].build("eager")
+    with apply_densemixer(model, DenseMixerConfig(layers=layers)):
+        change(model)
+    assert "has come into the model" not in caplog.text
+
+
+def test_there_is_one_hook_and_nothing_to_do_for_it_without_a_model() -> None:
+    gc.collect()
+    before = {*latecomers._watches}
+    model = FAMILIES["qwen3_moe"].build("eager")
+    apply_densemixer(model).remove()
+    assert {*latecomers._watches} == before
+    handle = apply_densemixer(model)
+    assert len(latecomers._watches) == len(before) + 1
+    assert list(torch_modules._global_module_registration_hooks.values()).count(latecomers._arrives) == 1
+    del model, handle
+    gc.collect()
+    assert {*latecomers._watches} == before
+
+
+def test_a_copy_trains_as_before_and_can_be_changed() -> None:
+    model: Any = FAMILIES["qwen3_moe"].build("eager")
+    apply_densemixer(model)
+    twin = copy.deepcopy(model)
+    replace_block(twin)
+    assert len(attached_layers(twin)) == 1
+    twin(input_ids=tokens(), labels=tokens()).loss.backward()
+    handle = attached_handle(twin)
+    assert handle is not None
+    handle.remove()
