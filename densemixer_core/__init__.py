@@ -21,7 +21,7 @@ from densemixer_core.control import Known
 from densemixer_core.experts import expert_dots, routed_output
 from densemixer_core.kernel.activations import Activation, recognise
 from densemixer_core.routing import RoutingMismatchError, check_routing, router_scores, selection
-from densemixer_core.sampled import sampled_dots
+from densemixer_core.sampled import sampled_dots, stacked_dots
 from densemixer_core.straight_through import ExpertDots, Listener, straight_through
 from densemixer_core.weights import Derivation, ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 
@@ -44,5 +44,6 @@ __all__ = [
     "router_scores",
     "sampled_dots",
     "selection",
+    "stacked_dots",
     "straight_through",
 ]

@@ -9,13 +9,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from densemixer_core.config import DenseMixerConfig
 from densemixer_core.control import Known, Pilot, fit
+from densemixer_core.experts import expert_dots
 from densemixer_core.products import Matrix, Rows, oriented, room_for_dots, temporary_bytes
-from densemixer_core.sampling import Pairs, draw_pairs, offsets, typical_size
+from densemixer_core.sampling import Pairs, draw_pairs, offsets, share_of_pairs, typical_size
 from densemixer_core.weights import StackedExperts
 
 PAIRS_PER_PILOT = 10
 """Of so many pairs one is spent on the pilot."""
+
+
+def stacked_dots(
+    x: Tensor,
+    g: Tensor,
+    known: Known | None,
+    *,
+    experts: StackedExperts,
+    selected: int,
+    dtype: torch.dtype,
+    config: DenseMixerConfig,
+) -> Tensor:
+    """What a `densemixer_core.ExpertDots` returns, of experts that are all here.
+
+    Args:
+        x: As in `expert_dots`, and so are ``g``, ``experts`` and ``dtype``.
+        known: What is known of the pairs, for a budget below 1.
+        selected: How many experts a token goes through.
+        config: The options.
+    """
+    bound = config.workspace_mb << 20
+    if known is None:
+        return expert_dots(x, g, experts, dtype, bound)
+    count = share_of_pairs(len(x), len(experts.weights.down), known.sensitivity.shape[-1], selected, config.budget)
+    return sampled_dots(x, g, known, count, config.seed, experts, dtype, bound)
 
 
 def sampled_dots(

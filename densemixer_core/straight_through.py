@@ -22,10 +22,8 @@ from torch.autograd import forward_ad
 from densemixer_core.config import DenseMixerConfig
 from densemixer_core.control import Known
 from densemixer_core.estimators import extra_score_gradient
-from densemixer_core.experts import expert_dots
 from densemixer_core.routing import score_sensitivity, selection
-from densemixer_core.sampled import sampled_dots
-from densemixer_core.sampling import share_of_pairs
+from densemixer_core.sampled import stacked_dots
 from densemixer_core.weights import ExpertLayout, ExpertWeights, StackedExperts, compute_dtype
 
 ExpertDots = Callable[[Tensor, Tensor, Known | None], Tensor]
@@ -143,13 +141,9 @@ class _Stacked:
 
     def dots(self, x: Tensor, g: Tensor, known: Known | None, selected: int, config: DenseMixerConfig) -> Tensor:
         """What an `ExpertDots` returns."""
-        weights, workspace = ExpertWeights(*self.kept), config.workspace_mb << 20  # type: ignore[arg-type]
+        weights = ExpertWeights(*self.kept)  # type: ignore[arg-type]
         experts = StackedExperts(weights if self.compute is None else self.compute(weights), self.layout)
-        if known is None:
-            return expert_dots(x, g, experts, self.dtype, workspace)
-        scored, stacked = known.sensitivity.shape[-1], len(experts.weights.down)
-        count = share_of_pairs(len(x), stacked, scored, selected, config.budget)
-        return sampled_dots(x, g, known, count, config.seed, experts, self.dtype, workspace)
+        return stacked_dots(x, g, known, experts=experts, selected=selected, dtype=self.dtype, config=config)
 
 
 @dataclasses.dataclass(frozen=True)

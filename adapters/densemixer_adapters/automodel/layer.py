@@ -26,13 +26,11 @@ from densemixer_core import (
     RoutingMismatchError,
     check_routing,
     compute_dtype,
-    expert_dots,
     routed_output,
     router_scores,
-    sampled_dots,
+    stacked_dots,
     straight_through,
 )
-from densemixer_core.sampling import share_of_pairs
 
 EPSILON = 1e-20
 """What Automodel adds to the sum of the selected scores where it renormalises them."""
@@ -180,14 +178,8 @@ class AutomodelLayer:
         """
         stacked, spread = read_experts(self.name, self.block.experts, self._formula)
         g = g * mask.unsqueeze(-1)
-        if spread is not None:
-            return spread.dots(x, g, known, experts=stacked, selected=selected, dtype=dtype, config=self.config)
-        workspace = self.config.workspace_mb << 20
-        if known is None:
-            return expert_dots(x, g, stacked, dtype, workspace)
-        experts = len(stacked.weights.down)
-        count = share_of_pairs(len(x), experts, experts, selected, self.config.budget)
-        return sampled_dots(x, g, known, count, self.config.seed, stacked, dtype, workspace)
+        dots = stacked_dots if spread is None else spread.dots
+        return dots(x, g, known, experts=stacked, selected=selected, dtype=dtype, config=self.config)
 
     def _check(
         self, logits: Tensor, scores: Tensor, x: Tensor, mask: Tensor, weights: Tensor, index: Tensor, output: Tensor

@@ -27,12 +27,10 @@ from densemixer_core import (
     RoutingMismatchError,
     StackedExperts,
     check_routing,
-    expert_dots,
     routed_output,
-    sampled_dots,
+    stacked_dots,
     straight_through,
 )
-from densemixer_core.sampling import share_of_pairs
 
 OVERRIDDEN = ("dispatch", "combine")
 """What is overridden on the token dispatcher."""
@@ -199,15 +197,9 @@ class TorchtitanLayer:
     def _dots(self, x: Tensor, g: Tensor, known: Known | None) -> Tensor:
         """In the backward."""
         experts, spread = self._experts(x)
-        config, selected, dtype = self.config, self.block.router.top_k, weights_of.COMPUTES_IN
-        if spread is not None:
-            return spread.dots(x, g, known, experts=experts, selected=selected, dtype=dtype, config=config)
-        bound = config.workspace_mb << 20
-        if known is None:
-            return expert_dots(x, g, experts, dtype, bound)
-        count = len(experts.weights.down)
-        pairs = share_of_pairs(len(x), count, count, selected, config.budget)
-        return sampled_dots(x, g, known, pairs, config.seed, experts, dtype, bound)
+        dots = stacked_dots if spread is None else spread.dots
+        selected, dtype = self.block.router.top_k, weights_of.COMPUTES_IN
+        return dots(x, g, known, experts=experts, selected=selected, dtype=dtype, config=self.config)
 
     def _experts(self, x: Tensor) -> tuple[StackedExperts, Spread | None]:
         """With the weights as they are now: while the layer runs, and in its backward, FSDP has them together."""
