@@ -189,3 +189,14 @@ def test_the_v1_engine(llamafactory: LlamaFactory, start: dict[str, Tensor]) -> 
     assert run.weights.keys() == plain.weights.keys()
     assert run.files == plain.files
     assert difference(run, plain, start) > 0.05
+
+
+def test_going_on_from_a_checkpoint(llamafactory: LlamaFactory) -> None:
+    """As the page says: from a model that is loaded from it too."""
+    whole = llamafactory.train("full_sft.yaml", *SGD, "save_steps=2", "save_only_model=false")
+    checkpoint = whole.output / "checkpoint-2"
+    assert checkpoint.exists()
+    model = (f"model_name_or_path={checkpoint}", f"resume_from_checkpoint={checkpoint}")
+    rest = llamafactory.train("full_sft.yaml", *SGD, *model)
+    assert rest.attached == 1
+    assert all(torch.equal(weight, rest.weights[name]) for name, weight in whole.weights.items())
