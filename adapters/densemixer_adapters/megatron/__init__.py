@@ -13,6 +13,7 @@ built from such a configuration has DenseMixer attached.
 ``layer``           what is overridden of it, in a forward, and what its backward does
 ``overrides``       how methods of one object are overridden
 ``experts``         where the experts' weights are
+``experts_check``   whether the experts compute what these say
 ``shared_experts``  what Megatron adds beside them
 ``metrics``         router metrics, where Megatron logs its own
 ``announce``        what a user is told

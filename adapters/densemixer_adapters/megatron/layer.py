@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.megatron.announce import warn_of_frozen_router
 from densemixer_adapters.megatron.experts import read_experts
+from densemixer_adapters.megatron.experts_check import ExpertsCheck
 from densemixer_adapters.megatron.host_layer import HostLayer
 from densemixer_adapters.megatron.overrides import Overrides
 from densemixer_adapters.megatron.positions import Selection
@@ -83,6 +84,7 @@ class MegatronLayer(HostLayer):
         self._overriding = (*OVERRIDDEN, *observed)
         self._block_checked = False
         self._checked = False
+        self._experts_check = ExpertsCheck(self)
         self._leaving: list[RemovableHandle] = []
         self._router_input: Tensor | None = None
         self._running: _Running | None = None
@@ -108,6 +110,7 @@ class MegatronLayer(HostLayer):
 
     def attach(self) -> None:
         self._overrides.put({name: getattr(self, f"_{name}") for name in self._overriding})
+        self._experts_check.attach()
         # A recomputation doesn't call the block, only what is in it.
         self._leaving = [
             self.block.register_forward_hook(self._after_block, always_call=True),
@@ -117,6 +120,7 @@ class MegatronLayer(HostLayer):
     def remove(self) -> None:
         """Leave the layer as it was. Does nothing the second time."""
         self._overrides.undo()
+        self._experts_check.remove()
         for hook in self._leaving:
             hook.remove()
         self.meter = self.observer = None
@@ -131,6 +135,7 @@ class MegatronLayer(HostLayer):
 
     def _forget(self) -> None:
         self._router_input = self._running = None
+        self._experts_check.forget()
 
     # What happens in a forward, in this order.
 
@@ -176,6 +181,8 @@ class MegatronLayer(HostLayer):
             self.check_block()
         if self._running is not None:
             self._running.x = hidden_states.detach()
+            if self._running.scores is not None:
+                self._experts_check.begin()
         return self._overrides.host("dispatch_preprocess")(hidden_states, *args, **kwargs)
 
     def _combine_postprocess(self, *args: Any, **kwargs: Any) -> Any:
