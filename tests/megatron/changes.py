@@ -1,4 +1,4 @@
-"""What can be done to a layer's experts in Megatron Core, so that they compute something else than their weights say."""
+"""What can be done to experts in Megatron Core, so that they compute something else than their weights say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether a layer's experts compute what their weights say. `densemixer_adapters.transformers.checks` says when to look.
+"""Whether a layer's experts compute what their weights say; when, is said in `densemixer_adapters.transformers.checks`.
 
 One token of each expert of this rank is compared, between the place where the token dispatcher hands tokens to the
 experts and the place where it takes their outputs. There each rank has its own experts, or its part of them, and what
