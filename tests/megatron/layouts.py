@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 import training
 from cases import LAYOUT_CASES, SPREAD_CASES, has
+from changes import one_alone, refusals, without_tokens
 from checks import check, drawing, gathering, measuring
 from megatron.core import parallel_state
 from ranks import add_to, found_by_all, join
@@ -129,6 +130,11 @@ def cells(layout: Layout) -> dict[str, Callable[[], Any]]:
     }
     found["gathered in parts"] = gathering
     found["metrics"] = measuring
+    if layout.processes == 2:
+        found["changed experts"] = refusals
+        found["changed experts, some without tokens"] = without_tokens
+        if layout.expert * layout.expert_tensor == 1:
+            found["changed experts of one rank"] = one_alone
     if layout.tensor > 1 and layout.expert == 1:  # with both, 0.13 refuses it
         found["metrics, tokens not split"] = functools.partial(measuring, split=False)
     if layout.processes == 2 or layout.expert_tensor > 1:  # the others spread tokens and experts as two ranks do

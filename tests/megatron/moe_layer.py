@@ -134,7 +134,8 @@ def _matrix(experts: Any, which: int, position: int) -> Tensor:
         return parameter if parameter.grad is None else parameter.grad
     parameter = (experts.weight1, experts.weight2)[which]
     values = parameter if parameter.grad is None else parameter.grad
-    size = (EXPERTS, values.shape[0], -1) if which == 0 else (EXPERTS, -1, values.shape[1])
+    held = experts.num_local_experts
+    size = (held, values.shape[0], -1) if which == 0 else (held, -1, values.shape[1])
     return values.view(size)[position].t()
 
 

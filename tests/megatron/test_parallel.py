@@ -20,7 +20,8 @@ from ranks import once, run_script
 from small_models import DEAD
 
 CELLS = [(layout, cell) for layout in LAYOUTS for cell in cells(LAYOUTS[layout])]
-BUDGET, METRICS = "budget", "metrics"
+BUDGET, METRICS, CHANGED = "budget", "metrics", "changed experts"
+GRADIENTS = [each for each in CELLS if not each[1].startswith((BUDGET, METRICS, CHANGED))]
 
 
 @once
@@ -39,7 +40,7 @@ def found(layout: str, cell: str) -> list[Any]:
     return ranks
 
 
-@pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if each[1] != BUDGET and METRICS not in each[1]])
+@pytest.mark.parametrize(("layout", "cell"), GRADIENTS)
 def test_gradients(layout: str, cell: str) -> None:
     for result in found(layout, cell):
         if cell == "gathered in parts":
@@ -61,6 +62,24 @@ def test_a_budget(layout: str) -> None:
         assert result["mean"] < 2, result
         assert result["spread"] > 0.1, result  # one draw is no more than an estimate
         assert result["bias"] < 5, result  # the largest of some 200 normal variables over all cells
+
+
+@pytest.mark.parametrize("layout", [layout for layout, cell in CELLS if cell == CHANGED])
+def test_experts_that_compute_something_else_are_refused(layout: str) -> None:
+    for refusals in found(layout, CHANGED):
+        assert len(refusals) > 8
+        for change, message in refusals.items():
+            assert message is not None, change
+            assert "Mixture-of-Experts layer 1, experts (" in message
+    for before, after, changed in found(layout, f"{CHANGED}, some without tokens"):
+        assert (before, after) == (None, None)
+        assert changed is not None
+
+
+def test_experts_of_one_rank_that_compute_something_else_are_refused_there() -> None:
+    (first,), (second,) = found("DP2", f"{CHANGED} of one rank")
+    assert first is not None
+    assert second is None
 
 
 @pytest.mark.parametrize(("layout", "cell"), [each for each in CELLS if METRICS in each[1]])

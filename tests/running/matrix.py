@@ -76,6 +76,7 @@ PARALLEL: dict[str, tuple[dict[str, int], tuple[str, ...]]] = {
             "ep_implementation all_to_all",
             "batches of different lengths",
             "a hook on one rank",
+            "beside a model of another layout",
             "torch.compile",
             "LoRA on attention and routers",
             "bfloat16",

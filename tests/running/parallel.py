@@ -21,7 +21,18 @@ import matrix
 import torch.distributed as dist
 from families import FAMILIES
 from parallel_beside import budget, changed_output, checkpoints, half, metrics
-from parallel_gradients import Layout, by_environment, by_trainer, compiled, hooked, load, plain, switched, uneven
+from parallel_gradients import (
+    Layout,
+    beside_another,
+    by_environment,
+    by_trainer,
+    compiled,
+    hooked,
+    load,
+    plain,
+    switched,
+    uneven,
+)
 from parallel_lora import EXPERTS, ROUTER, adapters, lora, their_error
 from ranks import join
 from setting import Cells, refusal, run
@@ -49,6 +60,7 @@ VARIATIONS: dict[str, Callable[[Layout], Any]] = {
     "DeepSeek-V3": functools.partial(plain, family="deepseek_v3"),
     "Qwen2-MoE": functools.partial(plain, family="qwen2_moe"),
     "Mixtral": functools.partial(plain, family="mixtral"),
+    "beside a model of another layout": functools.partial(plain, attach=beside_another),
     "torch.compile": compiled,
     "LoRA on routers": functools.partial(lora, wrap=adapters()),
     "LoRA on attention and routers": functools.partial(lora, wrap=adapters(["q_proj", "v_proj"])),

@@ -26,7 +26,7 @@ from setting import (
     saved,
     truth,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.distributed import DistributedConfig
@@ -74,6 +74,11 @@ def verdict(model: Any, estimator: str = "densemixer", family: str = "qwen3_moe"
     if dist.get_rank():
         return UNREPORTED
     return judge(gradients, truth(estimator, family), truth("conventional", family))
+
+
+def beside_another(model: Any, config: DenseMixerConfig) -> None:
+    """After one whose ranks have the same tokens, within one module, as a student beside its teacher."""
+    apply_densemixer(nn.ModuleList([load({"tp_size": 2, "ep_size": 2}), model]), config)
 
 
 def hooked(layout: Layout) -> Result:

@@ -10,7 +10,7 @@ pytest.importorskip("torchtitan", reason="needs torchtitan; run `nox -s torchtit
 
 import oracle
 import torch
-from titan_layer import CASES, EXPERTS, batch, build, train, truth
+from titan_layer import CASES, EXPERTS, Float64, batch, build, train, truth
 
 from densemixer_adapters.torchtitan import apply_densemixer, attached_handle
 from densemixer_adapters.torchtitan import experts as weights_of
@@ -110,6 +110,44 @@ def test_a_copy_trains_with_its_own_weights() -> None:
     assert oracle.worst_error(found.gradients["router.gate.weight"], expected["router.gate.weight"]) < 1e-12
     attached_handle(other).remove()
     assert len(attached_handle(moe).layers) == 1
+
+
+def test_a_router_that_is_frozen_later_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    moe, (x, g) = build(CASES[NAME]), batch()
+    other = build(CASES[NAME])
+    with apply_densemixer(torch.nn.ModuleList([moe, other])):
+        train(moe, x, g)
+        assert "frozen" not in caplog.text
+        moe.router.requires_grad_(False)
+        other.router.requires_grad_(False)
+        with torch.no_grad(), Float64():
+            moe(x)  # not a training forward
+        assert "frozen" not in caplog.text
+        for layer in (moe, other, moe):
+            train(layer, x, g)
+    (warning,) = [record.getMessage() for record in caplog.records if "frozen" in record.getMessage()]
+    assert "where routers are frozen, first in 0: such a layer trains as without" in warning
+    assert "a LoRA converter" in warning
+
+
+def test_routers_that_were_frozen_already_are_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    frozen, other, (x, g) = build(CASES[NAME]), build(CASES[NAME]), batch()
+    frozen.router.requires_grad_(False)
+    with apply_densemixer(torch.nn.ModuleList([other, frozen])):
+        train(frozen, x, g)
+        (warning,) = [record.getMessage() for record in caplog.records if "frozen" in record.getMessage()]
+        assert "in 1 of 2 layers, from 1 on" in warning
+        other.router.requires_grad_(False)
+        train(other, x, g)
+    assert "first in 0" in caplog.records[-1].getMessage()
+
+
+def test_conventional_training_needs_no_router(caplog: pytest.LogCaptureFixture) -> None:
+    moe, (x, g) = build(CASES[NAME]), batch()
+    with apply_densemixer(moe, DenseMixerConfig("conventional")):
+        moe.router.requires_grad_(False)
+        train(moe, x, g)
+    assert "frozen" not in caplog.text
 
 
 def test_a_frozen_router_trains_as_without(caplog: pytest.LogCaptureFixture) -> None:

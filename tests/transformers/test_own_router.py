@@ -14,11 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from densemixer_adapters.transformers import Router, UnsupportedModelError, apply_densemixer, register_router, routers
+from densemixer_adapters.transformers.checks import OutputMismatchError
 from densemixer_core import RoutingMismatchError
 
-MODEL, DECLARATION, TRAINING = (
-    block.text for block in blocks(REPOSITORY / "docs" / "own-router.md") if block.language == "python"
-)
+PAGE = REPOSITORY / "docs" / "own-router.md"
+MODEL, DECLARATION, TRAINING = (block.text for block in blocks(PAGE) if block.language == "python")
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +111,47 @@ def test_a_wrong_declaration_stops_the_first_step_and_can_be_put_right(page: Any
     register_router("MyTopKRouter", Router("sigmoid", renormalised=True))
     with apply_densemixer(model):
         gradients(model, ids)
+
+
+def no_line(page: Any, model: Any) -> None:
+    routers._REGISTERED.clear()
+
+
+def a_wrong_line(page: Any, model: Any) -> None:
+    register_router("MyTopKRouter", Router("softmax", renormalised=True))
+
+
+def weights_first(page: Any, model: Any) -> None:
+    forward = page.MyTopKRouter.forward
+    page.MyTopKRouter.forward = lambda *args: forward(*args)[1::-1] + forward(*args)[2:]
+
+
+def a_factor_in_the_experts(page: Any, model: Any) -> None:
+    forward = page.MyExperts.forward
+    page.MyExperts.forward = lambda *args: 2.5 * forward(*args)
+
+
+ATTACHING, TRAINING_FORWARD = "`apply_densemixer`", "first training forward"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "when", "error", "message"),
+    [
+        (no_line, ATTACHING, UnsupportedModelError, r"^block \(MyBlock\): .*MyTopKRouter is unknown"),
+        (weights_first, TRAINING_FORWARD, UnsupportedModelError, r"^block.*must return its logits first"),
+        (a_wrong_line, TRAINING_FORWARD, RoutingMismatchError, r"^block\.router \(MyTopKRouter\): "),
+        (a_factor_in_the_experts, TRAINING_FORWARD, OutputMismatchError, r"^block \(MyExperts\): .*is 2.5 times"),
+    ],
+)
+def test_the_errors_of_the_page(page: Any, wrong: Any, when: str, error: type[Exception], message: str) -> None:
+    exec(DECLARATION, {})
+    model, ids = build(page), torch.arange(24).reshape(2, 12)
+    wrong(page, model)
+    if when == TRAINING_FORWARD:
+        apply_densemixer(model)
+    with pytest.raises(error, match=message):
+        apply_densemixer(model) if when == ATTACHING else gradients(model, ids)
+    assert f"| `{error.__name__}` | {when}" in PAGE.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

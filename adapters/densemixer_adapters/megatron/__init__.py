@@ -11,8 +11,10 @@ built from such a configuration has DenseMixer attached.
 ``refuse``          what DenseMixer can't work with
 ``host_layer``      one ``MoELayer``: which it is, and what can be read off it
 ``layer``           what is overridden of it, in a forward, and what its backward does
+``running``         what is known of it between these methods
 ``overrides``       how methods of one object are overridden
 ``experts``         where the experts' weights are
+``experts_check``   whether the experts compute what these say
 ``shared_experts``  what Megatron adds beside them
 ``metrics``         router metrics, where Megatron logs its own
 ``announce``        what a user is told

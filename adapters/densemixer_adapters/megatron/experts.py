@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_core import ExpertLayout, ExpertWeights, StackedExperts
@@ -48,13 +49,21 @@ def _separate_weights(experts: Any, count: int) -> Iterator[ExpertWeights]:
             owners, suffix = (expert.linear_fc1, expert.linear_fc2), ""
         else:  # TEGroupedMLP
             owners, suffix = (experts.linear_fc1, experts.linear_fc2), str(position)
-        weights = [getattr(owner, f"weight{suffix}") for owner in owners]
+        weights = [_own_weight(owner, f"weight{suffix}") for owner in owners]
         biases = [getattr(owner, f"bias{suffix}", None) for owner in owners]
         yield ExpertWeights(
             *(weight.unsqueeze(0) for weight in weights),
             # Transformer Engine has an empty tensor for no bias.
             *(None if bias is None or bias.numel() == 0 else bias.unsqueeze(0) for bias in biases),
         )
+
+
+def _own_weight(linear: nn.Module, name: str) -> Tensor:
+    """Not that of a module which it is wrapped around, as an adapter is that shows it as its own."""
+    if name not in linear._parameters and not is_parametrized(linear, name):
+        raise AttributeError(f"{type(linear).__name__} has no parameter {name} of its own")
+    weight: Tensor = getattr(linear, name)
+    return weight
 
 
 def _activation(config: Any) -> Callable[[Tensor], Tensor]:

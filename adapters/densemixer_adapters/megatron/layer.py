@@ -6,7 +6,6 @@ experts over the group that they are split over (expert and expert-tensor parall
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import weakref
 from typing import Any
@@ -18,43 +17,27 @@ from torch.utils.hooks import RemovableHandle
 from densemixer_adapters.expert_parallel import gathered_dots
 from densemixer_adapters.megatron.announce import warn_of_frozen_router
 from densemixer_adapters.megatron.experts import read_experts
+from densemixer_adapters.megatron.experts_check import ExpertsCheck
 from densemixer_adapters.megatron.host_layer import HostLayer
 from densemixer_adapters.megatron.overrides import Overrides
 from densemixer_adapters.megatron.positions import Selection
 from densemixer_adapters.megatron.refuse import check_scores, refuse_router
+from densemixer_adapters.megatron.running import Running, selection
 from densemixer_adapters.megatron.shared_experts import shared_experts_apart
 from densemixer_adapters.metrics.layer_meter import LayerMeter
 from densemixer_adapters.observer import Forward, Observer, PairsLeftOut
+from densemixer_adapters.transformers.checks import EVERY
 from densemixer_core import DenseMixerConfig, Known, router_scores, straight_through
 
 OVERRIDDEN = ("routing", "dispatch_preprocess", "combine_postprocess")
-"""What is overridden: the first on the router, the others on the token dispatcher, which sees what the experts see."""
+"""What is overridden: the first on the router, for its logits; the others on the token dispatcher, which sees what is
+selected, with which weights, and what the experts see."""
 OBSERVED = "gating"
 """What is overridden on the router besides, for router metrics: it sees the router's input."""
 
 watched: weakref.WeakValueDictionary[int, MegatronLayer] = weakref.WeakValueDictionary()
 """The layers of this process that have meters, in the order in which they first ran, which is that of all ranks."""
 _order = itertools.count()
-
-
-@dataclasses.dataclass
-class _Running:
-    """A training forward of a layer, between two of its overridden methods.
-
-    Attributes:
-        router_input: The router's input, [sequence, batch, hidden], for router metrics.
-        logits: What came of it, [sequence, batch, experts].
-        scores: p of all experts, [tokens, experts]; None if DenseMixer adds nothing.
-        index, weights: The selected experts and their weights, [tokens, k] each.
-        x: The experts' input, [..., hidden], once it is known.
-    """
-
-    router_input: Tensor | None
-    logits: Tensor
-    scores: Tensor | None
-    index: Tensor
-    weights: Tensor
-    x: Tensor | None = None
 
 
 class MegatronLayer(HostLayer):
@@ -82,10 +65,12 @@ class MegatronLayer(HostLayer):
         self._overrides = Overrides(dict(zip(OVERRIDDEN, owners, strict=True)) | observed)
         self._overriding = (*OVERRIDDEN, *observed)
         self._block_checked = False
-        self._checked = False
+        self._until_check = 0
+        self._experts_check = ExpertsCheck(self)
         self._leaving: list[RemovableHandle] = []
         self._router_input: Tensor | None = None
-        self._running: _Running | None = None
+        self._logits: Tensor | None = None
+        self._running: Running | None = None
         self._left_out = PairsLeftOut()
         self.meter: LayerMeter | None = None
         self.ran = False
@@ -108,6 +93,7 @@ class MegatronLayer(HostLayer):
 
     def attach(self) -> None:
         self._overrides.put({name: getattr(self, f"_{name}") for name in self._overriding})
+        self._experts_check.attach()
         # A recomputation doesn't call the block, only what is in it.
         self._leaving = [
             self.block.register_forward_hook(self._after_block, always_call=True),
@@ -117,6 +103,7 @@ class MegatronLayer(HostLayer):
     def remove(self) -> None:
         """Leave the layer as it was. Does nothing the second time."""
         self._overrides.undo()
+        self._experts_check.remove()
         for hook in self._leaving:
             hook.remove()
         self.meter = self.observer = None
@@ -130,7 +117,8 @@ class MegatronLayer(HostLayer):
             self._forget()
 
     def _forget(self) -> None:
-        self._router_input = self._running = None
+        self._router_input = self._logits = self._running = None
+        self._experts_check.forget()
 
     # What happens in a forward, in this order.
 
@@ -141,11 +129,9 @@ class MegatronLayer(HostLayer):
     def _routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> Any:
         router_input = self._router_input
         self._forget()
-        probs, routing_map = routed = self._overrides.host("routing")(logits, *args, **kwargs)
+        routed = self._overrides.host("routing")(logits, *args, **kwargs)
         if torch.is_grad_enabled() and logits.requires_grad and self._trains():
-            index = routing_map.to(torch.uint8).topk(self.block.router.topk, -1).indices
-            weights = probs.detach().gather(-1, index)
-            self._running = _Running(router_input, logits, self._scores(logits, index, weights), index, weights)
+            self._router_input, self._logits = router_input, logits
         return routed
 
     def _trains(self) -> bool:
@@ -163,25 +149,32 @@ class MegatronLayer(HostLayer):
         return True
 
     def _scores(self, logits: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """Those of all experts; compared with what Megatron made of the logits, until some tokens have been."""
+        """Those of all experts; compared with what Megatron made of the logits, now and then: see `EVERY`."""
         if self.config.estimator == "conventional":
             return None
         scores = router_scores(logits.reshape(-1, logits.shape[-1]), self.score)
-        if not self._checked:
-            self._checked = check_scores(self, scores, index, weights)
+        if self._until_check <= 0 and check_scores(self, scores, index, weights):
+            self._until_check = EVERY
+        self._until_check -= 1
         return scores
 
-    def _dispatch_preprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> Any:
         if not self._block_checked:
             self.check_block()
-        if self._running is not None:
-            self._running.x = hidden_states.detach()
-        return self._overrides.host("dispatch_preprocess")(hidden_states, *args, **kwargs)
+        router_input, logits = self._router_input, self._logits
+        self._forget()
+        if logits is not None:
+            index, weights = selection(routing_map, probs, self.block.router.topk)
+            scores = self._scores(logits, index, weights)
+            self._running = Running(router_input, logits, scores, index, weights, hidden_states.detach())
+            if scores is not None:
+                self._experts_check.begin()
+        return self._overrides.host("dispatch_preprocess")(hidden_states, routing_map, probs)
 
     def _combine_postprocess(self, *args: Any, **kwargs: Any) -> Any:
         running = self._running
         self._forget()
-        if running is None or running.x is None:
+        if running is None:
             return self._overrides.host("combine_postprocess")(*args, **kwargs)
         with shared_experts_apart(self.block.token_dispatcher) as shared:
             output = self._overrides.host("combine_postprocess")(*args, **kwargs)

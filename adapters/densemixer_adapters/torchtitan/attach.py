@@ -10,9 +10,10 @@ from torch import nn
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
+from densemixer_adapters.torchtitan.announce import FrozenRouters
 from densemixer_adapters.torchtitan.layer import TorchtitanLayer, attached_layer
 from densemixer_adapters.torchtitan.refuse import refuse_compiled, refuse_layer
-from densemixer_adapters.transformers.announce import announce, warn
+from densemixer_adapters.transformers.announce import announce
 from densemixer_core import DenseMixerConfig
 
 
@@ -60,20 +61,15 @@ def apply_densemixer(
                 "attached_handle(model).remove() detaches it."
             )
     selected = {names[position] for position in options.positions(len(names))}
-    layers = [TorchtitanLayer(name, moe, options) for name, moe in found if name in selected]
+    frozen_routers = FrozenRouters()
+    layers = [TorchtitanLayer(name, moe, options, frozen_routers) for name, moe in found if name in selected]
     for layer in layers:
         layer.attach()
     announce(
         f"DenseMixer is attached to {len(layers)} layers of this rank's part of {type(parts[0]).__name__}: estimator "
         f"{options.estimator}, budget {options.budget:g}"
     )
-    frozen = [layer.name for layer in layers if layer.router_is_frozen]
-    if frozen:
-        warn(
-            f"DenseMixer has nothing to train where routers are frozen, in {len(frozen)} of {len(layers)} layers, from "
-            f"{frozen[0]} on: such a layer trains as without DenseMixer. Call requires_grad_(True) on its router after "
-            "whatever froze it, e.g. a LoRA converter."
-        )
+    frozen_routers.when_attaching([layer.name for layer in layers if layer.router_is_frozen], len(layers))
     return TorchtitanHandle(layers)
 
 

@@ -19,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.expert_parallel import Spread
 from densemixer_adapters.torchtitan import experts as weights_of
+from densemixer_adapters.torchtitan.announce import FrozenRouters
 from densemixer_adapters.torchtitan.refuse import refuse_capture, refuse_compiling
 from densemixer_adapters.transformers.checks import EVERY, TOKENS, OutputMismatchError, check_output
 from densemixer_core import (
@@ -43,12 +44,16 @@ class TorchtitanLayer:
         name: Its name in the model.
         block: The ``MoE``.
         config: The options.
+
+    Args:
+        frozen_routers: Who tells of them, for all layers.
     """
 
-    def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
+    def __init__(self, name: str, block: Any, config: DenseMixerConfig, frozen_routers: FrozenRouters) -> None:
         self.name = name
         self.block = block
         self.config = config
+        self._frozen_routers = frozen_routers
         self._before: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
         self._scores: Tensor | None = None
@@ -109,8 +114,12 @@ class TorchtitanLayer:
         if torch.compiler.is_compiling():
             refuse_compiling(self.name)
         scores = output[2]
-        trained = torch.is_grad_enabled() and scores.requires_grad and not self.router_is_frozen
-        if not trained or self.config.estimator == "conventional":
+        if not torch.is_grad_enabled() or self.config.estimator == "conventional":
+            return
+        if self.router_is_frozen:
+            self._frozen_routers.in_a_forward(self.name)
+            return
+        if not scores.requires_grad:
             return
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             refuse_capture(self.name)

@@ -52,20 +52,27 @@ def comparable(block: nn.Module, experts: nn.Module) -> bool:
 
 
 def check_output(
-    output: Tensor, x: Tensor, index: Tensor, weights: Tensor, evaluate: Evaluate, dtype: torch.dtype
+    output: Tensor,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    evaluate: Evaluate,
+    dtype: torch.dtype,
+    tokens: int = TOKENS,
 ) -> None:
     """Compare the output of a few tokens with Σ_selected w_j E_j(x). Synchronises with the device.
 
     Args:
         output: What the experts returned, [tokens, hidden].
         x, index, weights: As in `densemixer_core.routed_output`.
-        evaluate: That, which is called for `TOKENS` tokens at most, and for none if there are none.
+        evaluate: That, which is called once, and for no tokens if there are none.
         dtype: The dtype in which the host computes.
+        tokens: How many are compared at most.
 
     Raises:
         OutputMismatchError: They differ by more than rounding can explain.
     """
-    rows = torch.linspace(0, len(x) - 1, min(TOKENS, len(x)), device=x.device).long()
+    rows = torch.linspace(0, len(x) - 1, min(tokens, len(x)), device=x.device).long()
     with torch.autocast(x.device.type, enabled=False):
         expected, size = evaluate(x[rows], index[rows], weights[rows])
     found = output[rows].to(expected.dtype)

@@ -10,7 +10,7 @@ from torch import nn
 from densemixer_adapters.original import refuse_patched
 from densemixer_adapters.transformers.experts import unwrap
 from densemixer_adapters.transformers.layer import DenseMixerLayer
-from densemixer_adapters.transformers.parallel import distributed_model, sharing_ranks
+from densemixer_adapters.transformers.parallel import distributed_models, sharing_ranks
 from densemixer_adapters.transformers.refuse import known_router, refuse_experts
 from densemixer_adapters.transformers.routers import is_refused, left_to_the_host
 from densemixer_core import DenseMixerConfig
@@ -40,10 +40,11 @@ def find_layers(model: nn.Module, config: DenseMixerConfig) -> Iterator[DenseMix
     blocks = _not_left_to_the_host(model)
     if not blocks:
         return
-    whole = distributed_model(model)
+    distributed = distributed_models(model)
     for name, block, router_name in (blocks[position] for position in config.positions(len(blocks))):
         where = f"{name or type(model).__name__} ({type(block).__name__})"
         refuse_patched(block, where)
+        whole = distributed.get(block)
         spec = known_router(where, unwrap(block.get_submodule(router_name)), block)
         refuse_experts(where, unwrap(block.get_submodule("experts")), whole)
         yield DenseMixerLayer(name, block, router_name, spec, config, sharing_ranks(whole))

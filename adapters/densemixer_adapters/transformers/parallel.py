@@ -20,16 +20,24 @@ from densemixer_core import ExpertWeights
 _MEGAMOE = "deepgemm_megamoe"
 
 
-def distributed_model(model: nn.Module) -> Any | None:
-    """The model within that transformers has distributed, if there is one."""
-    return next((module for module in model.modules() if vars(module).get("_mesh_manager") is not None), None)
+def distributed_models(model: nn.Module) -> dict[nn.Module, Any]:
+    """By each module of the models within that transformers has distributed: its model.
+
+    There may be several, with a way of their own each.
+    """
+    owners: dict[nn.Module, Any] = {}
+    for whole in model.modules():
+        if vars(whole).get("_mesh_manager") is not None:
+            for module in whole.modules():
+                owners.setdefault(module, whole)
+    return owners
 
 
 def why_not(whole: Any | None, experts: nn.Module) -> tuple[str, str] | None:
     """Why DenseMixer doesn't work with the way in which a layer's experts are spread, and what to do; None if it does.
 
     Args:
-        whole: The model that transformers has distributed, if there is one.
+        whole: The model that transformers has distributed, if they are of one.
         experts: The module with the stacked weights.
     """
     # Until 5.23; the weights stay plain tensors that do not say what they are of. PEFT marks sharded ones so, too.
@@ -69,7 +77,7 @@ def sharing_ranks(whole: Any | None) -> int:
     """How many ranks, one after the other, have the same tokens.
 
     Args:
-        whole: The model that transformers has distributed, if there is one.
+        whole: The model that transformers has distributed, if it is one.
     """
     return 1 if whole is None else int(whole._mesh_manager.get_mesh("tp").size())
 
