@@ -51,7 +51,7 @@ class Pilot(NamedTuple):
     sums: Tensor
 
 
-def fit(pilot: Pilot, g: Tensor, along: Tensor, prior: float) -> tuple[Tensor, Tensor]:
+def fit(pilot: Pilot, g: Tensor, norm: Tensor, along: Tensor, prior: float) -> tuple[Tensor, Tensor]:
     """Fit the control by least squares to the pilot's inner products over ‖g‖, in which all pairs count the same.
 
     An expert's mean is drawn towards 0 as by `_PAIRS_FOR_MEAN` more pairs, and its β_j towards that of all experts as
@@ -60,6 +60,7 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor, prior: float) -> tuple[Tensor, T
 
     Args:
         g: The gradient of the experts' output, [tokens, hidden].
+        norm: ‖g‖, [tokens].
         along: ⟨g, y⟩/Σ_selected w, [tokens].
         prior: See `Known`.
 
@@ -73,10 +74,9 @@ def fit(pilot: Pilot, g: Tensor, along: Tensor, prior: float) -> tuple[Tensor, T
     along_own = along_mean[expert, token]
     along_others = (along_own * size[expert] - dots) / (size[expert] - 1)
 
-    norm = torch.linalg.vector_norm(g, dim=-1, dtype=dots.dtype)[token]
     # Without numbers where there is no gradient, or in float16 beyond its range.
     target, output, own, others = (
-        torch.where(counts, (along / norm).nan_to_num(0.0, 0.0, 0.0), 0.0)
+        torch.where(counts, (along / norm[token]).nan_to_num(0.0, 0.0, 0.0), 0.0)
         for along in (dots, along[token], along_own, along_others)
     )
     target = target - prior * output  # the β that are fitted come on top of it

@@ -80,18 +80,21 @@ def sampled_dots(
     if count == 0:
         return dots.t()
     evaluator = _Evaluator(x, g, experts, dots.dtype, workspace_bytes)
-    importance = _importance(known.sensitivity[:, :stacked], g, dots.dtype)
+    # In float64, since squares in float32 leave its range where what they are of doesn't.
+    norm = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64).to(dots.dtype)
+    importance = _importance(known.sensitivity[:, :stacked], norm)
     # Of what doesn't depend on the pilot: on a GPU its sums differ in their rounding from run to run.
     offset, next_offset = offsets(importance, seed)
     along = known.along.squeeze(1).to(dots.dtype)
     if pilots := count // PAIRS_PER_PILOT:
         pilot = evaluator.pilot(draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset))
-        dots[:stacked], rest = fit(pilot, g, along, known.prior)
+        dots[:stacked], rest = fit(pilot, g, norm, along, known.prior)
         dots.view(-1)[pilot.pairs.place] = pilot.dots
         importance = importance * typical_size(rest, pilot.pairs, len(x)).to(importance.dtype)
         importance.t().view(-1).index_fill_(0, pilot.pairs.place, 0.0)
     else:
-        dots[:stacked] = known.prior * along
+        # An expert whose scale is zero is never drawn, and known.
+        dots[:stacked] = known.prior * along * (evaluator.scale != 0).unsqueeze(1)
         importance = importance * evaluator.scale.abs().to(importance.dtype)
     pairs = draw_pairs(importance, count - pilots, next_offset)
     rest = (evaluator.dots(pairs) - dots.view(-1)[pairs.place]) * pairs.factor.to(dots.dtype)
@@ -99,9 +102,8 @@ def sampled_dots(
     return dots.t()
 
 
-def _importance(sensitivity: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """[tokens, experts], expert by expert in memory, as pairs are drawn."""
-    norm: Tensor = torch.linalg.vector_norm(g, dim=-1, dtype=dtype)
+def _importance(sensitivity: Tensor, norm: Tensor) -> Tensor:
+    """[tokens, experts], expert by expert in memory, as pairs are drawn. ``norm`` is that of g, [tokens]."""
     # A token without numbers must not take the draw from the others.
     by_expert = sensitivity.t().contiguous() * norm
     return by_expert.nan_to_num(0.0, 0.0, 0.0).t()

@@ -105,7 +105,10 @@ def _fused(
     if kind not in _chosen:
         # Without tensor cores there is nothing to gain, and the kernel takes a minute to compile.
         plain = x.is_cuda and x.dtype == torch.float32 and precision == "highest"
-        _chosen[kind] = ONE_BY_ONE if plain else fastest(candidates, x)
+        chosen = ONE_BY_ONE if plain else fastest(candidates, x)
+        if chosen is None:
+            return candidates[ONE_BY_ONE](x, g)
+        _chosen[kind] = chosen
     return candidates[_chosen[kind]](x, g)
 
 

@@ -9,6 +9,7 @@ seconds, some 300 MiB beside the workspace for that time, and synchronises with 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 import torch
@@ -53,7 +54,7 @@ def ways(experts: StackedExperts, workspace_bytes: int) -> dict[str, Way]:
     return {"fused kernel": fused_kernel, "all at once": all_at_once, ONE_BY_ONE: one_by_one}
 
 
-def fastest(candidates: dict[str, Way], like: Tensor) -> str:
+def fastest(candidates: dict[str, Way], like: Tensor) -> str | None:
     """The name of the fastest of those `ways` that give the numbers of the products one by one.
 
     On numbers of its own: gradients may be zero, or infinite under a `GradScaler`.
@@ -61,12 +62,17 @@ def fastest(candidates: dict[str, Way], like: Tensor) -> str:
     Args:
         candidates: The ways.
         like: An input of theirs.
+
+    Returns:
+        None if there are no numbers to compare yet: weights that are zero in the beginning, or too large.
     """
     tokens, hidden = trial_tokens(len(like)), like.shape[1]
     what = f"experts with {hidden} inputs in {like.dtype} on {like.device}, {tokens} tokens"
     random = torch.Generator(like.device).manual_seed(0)
     x, g = torch.randn(2, tokens, hidden, generator=random, device=like.device, dtype=like.dtype)
     expected = candidates[ONE_BY_ONE](x, g)
+    if not 0 < expected.norm().item() < math.inf:
+        return None
     taken = {}
     for name, way in candidates.items():
         try:

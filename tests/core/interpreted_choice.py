@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable
 
 import pytest
@@ -56,6 +57,24 @@ def test_it_is_proved_for_each_size_of_step(monkeypatch: pytest.MonkeyPatch, be_
         seen.append([*fused._chosen.values()])
     assert seen[0] == ["all at once"]
     assert seen[1] == seen[2] == seen[3] == ["all at once", "fused kernel"]
+
+
+@pytest.mark.parametrize("weights", ["zero", "too large", "no numbers"])
+def test_weights_that_say_nothing_yet_decide_nothing(
+    weights: str, be_fastest: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a down projection that starts from zero. A later backward of layers of that shape decides."""
+    be_fastest("all at once")
+    layer, usual = make(RAGGED), make(RAGGED)
+    with torch.no_grad():
+        layer.weights.down[:1] = math.nan
+        if weights != "no numbers":
+            layer.weights.down.fill_(0.0 if weights == "zero" else 1e38)
+    both(layer)
+    assert not fused._chosen
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+    both(usual)
+    assert [*fused._chosen.values()] == ["all at once"]
 
 
 @pytest.mark.parametrize(

@@ -124,3 +124,35 @@ def test_a_token_beyond_float16_leaves_the_draw_to_the_others(estimator: str) ->
         return torch.cat([gradient[:7], gradient[8:]])
 
     assert (extra(0.99) - extra(1.0)).norm() < 0.1 * extra(1.0).norm()
+
+
+@pytest.mark.parametrize("count", [8, 120])
+def test_an_expert_whose_scale_is_zero_is_exactly_nothing(count: int) -> None:
+    """With a prior of 1 too, and with a pilot and without: where it is never drawn nothing makes up for the control."""
+    layer = Layer(Case(60, experts=16, k=2, scale=True))
+    known = Known(torch.ones(60, 16), torch.randn(60, 1, generator=torch.Generator().manual_seed(0)), 1.0)
+    with torch.no_grad():
+        layer.weights.scale[5] = 0
+        experts = StackedExperts(layer.weights, layer.layout)
+        draws = torch.stack([sampled_dots(layer.x, layer.g, known, count, seed, experts) for seed in range(300)])
+    mean, error = draws[:, :, 5].mean(0), draws[:, :, 5].std(0) / 300**0.5
+    assert (mean.abs() <= 6 * error).all()
+
+
+@pytest.mark.parametrize("power", [-34, -30, -24, -20, 0, 15, 19, 25])
+@pytest.mark.parametrize("count", [8, 240])
+def test_gradients_of_any_size_are_drawn_alike(count: int, power: int) -> None:
+    """Their squares leave the range of float32, where they themselves don't. A factor of all g is one of all d."""
+    layer = Layer(Case(60, experts=16, k=2), torch.float32)
+    along = torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+    experts = StackedExperts(layer.weights, layer.layout)
+    factor = 2.0 ** round(power / 0.30103)
+    with torch.no_grad():
+        usual, ours = (
+            sampled_dots(layer.x, layer.g * scale, Known(torch.ones(60, 16), along * scale), count, 3, experts)
+            for scale in (1.0, factor)
+        )
+        exact = expert_dots(layer.x, layer.g, experts)
+    assert ours.count_nonzero() >= count // 2
+    # Other draws, since these follow from the numbers: as large an error, about.
+    assert oracle.relative_error(ours / factor, exact.double()) < 3 * oracle.relative_error(usual, exact.double())
