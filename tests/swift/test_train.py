@@ -77,9 +77,9 @@ def test_full_fine_tuning(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_two_processes(tiny: Path, tmp_path: Path) -> None:
-    """Each has its share of the batch, and all of the model."""
+    """Each has its share of the batch, and all of the model. Without use_cpu, each trains for itself on a CPU."""
     variables = {**ENABLED, "NPROC_PER_NODE": "2", "MASTER_PORT": "29595"}
-    run = train(["swift", "sft", *options(tiny, "sft.yaml")], tmp_path, HERE, **variables)
+    run = train(["swift", "sft", *options(tiny, "sft.yaml", "--use_cpu", "true")], tmp_path, HERE, **variables)
     assert (run.attached, run.ranks, run.apart) == (2, 2, 0)
     assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
     assert run.never > 20
