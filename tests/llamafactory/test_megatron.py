@@ -1,8 +1,9 @@
 """``USE_MCA=1``: LLaMA-Factory's own workflows for Megatron Core, with Megatron Core's own models, on the CPU.
 
 They load models through ``mcore_adapter``, which no package index has. Where ROLL_DIR is a checkout of
-github.com/alibaba/ROLL, it is taken from there. It is always run with a stand-in for it, in ``stand_in``. The router
-never selects half of the experts, so conventional training leaves its rows for them.
+github.com/alibaba/ROLL, it is taken from there. It is always run with a stand-in for it, in ``stand_in``. Every run is
+that of the example, ``megatron_sft.yaml``, but for what a CPU and a tiny model need. The router never selects half of
+the experts, so conventional training leaves its rows for them.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import yaml
 from installs import is_installed
-from llamafactory_runs import LlamaFactory
+from llamafactory_runs import EXAMPLES, LlamaFactory
 from ranks import run_script
 from torch import Tensor
 
 HERE = Path(__file__).parent
 ROUTER = "decoder.layers.0.mlp.router.weight"
 UNSELECTED = slice(tiny_models.REACHABLE, None)
+EXAMPLE: dict[str, Any] = yaml.safe_load((EXAMPLES / "megatron_sft.yaml").read_text())
 FUSIONS = ("masked_softmax_fusion", "gradient_accumulation_fusion", "persist_layer_norm", "bias_dropout_fusion")
 REAL = {
     "transformer_impl": "local",
@@ -33,10 +36,11 @@ REAL = {
     "tensor_model_parallel_size": 1,
     "pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
+    "moe_grouped_gemm": False,
     "additional_configs": {**dict.fromkeys(FUSIONS, False), "use_cpu_initialization": True},
 }
 """What lets mcore_adapter's models run without Transformer Engine and a GPU."""
-ON = {"use_densemixer": True}
+ON = {"use_densemixer": EXAMPLE.pop("use_densemixer")}
 RUNS: dict[str, dict[str, Any]] = {
     "off": {},
     "on": {**ON, "densemixer": {"metrics": True}},
@@ -108,21 +112,20 @@ def train(
     shutil.copytree(llamafactory.model, folder / "model")
     model.save_pretrained(folder / "model")
     common = {
+        **EXAMPLE,
         "model_name_or_path": str(folder / "model"),
         "dataset_dir": str(llamafactory.data),
         "dataset": "sft",
         "template": "qwen",
         "cutoff_len": 63,
-        "stage": "sft",
-        "do_train": True,
-        "finetuning_type": "full",
         "max_steps": 1,
         "logging_steps": 1,
         "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 0.001,
         "lr_scheduler_type": "constant",
+        "warmup_ratio": 0,
         "save_strategy": "no",
-        "report_to": "none",
         "bf16": False,
         "use_cpu": True,
         **settings,

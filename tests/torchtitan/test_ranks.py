@@ -55,6 +55,11 @@ def test_the_loss_is_bitwise_as_without(layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_names_in_checkpoints_are_as_without(layout: str) -> None:
+    assert all(result["same_names"] for result in found(layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_override_reaches_all_layers(layout: str) -> None:
     """With the names of checkpoints, whatever wraps the blocks."""
     for result in found(layout):

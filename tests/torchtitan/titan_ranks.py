@@ -79,12 +79,14 @@ def examine(layout: Layout, weights: dict[str, Tensor], truths: dict[str, dict[s
         routers = [name for name in weights if "router" in name]
         found = {"centered": step(run, layout.even)}  # by the override
         layers = [layer.name for layer in attached_handle(run.model_parts).layers]
+        names = saved_names(run)
         attached_handle(run.model_parts).remove()
         found["conventional"] = step(run, layout.even)
         with apply_densemixer(run.model_parts):
             found["densemixer"] = step(run, layout.even)
         result: dict[str, Any] = {
             "layers": layers,
+            "same_names": names == saved_names(run),
             "same_loss": all(torch.equal(loss, found["conventional"][0]) for loss, _ in found.values()),
             "errors": {
                 f"{estimator} {name}": oracle.worst_error(gradients[name], truths[estimator][name])
@@ -102,6 +104,11 @@ def examine(layout: Layout, weights: dict[str, Tensor], truths: dict[str, dict[s
         run.optimizers.step()
         run.close()
     return result
+
+
+def saved_names(run: Any) -> list[str]:
+    """Of what a checkpoint has of the model and its optimizers."""
+    return [*run.model_parts[0].state_dict(), *run.optimizers.state_dict()]
 
 
 def drawing(run: Any, layout: Layout, routers: list[str], truths: Any, estimator: str) -> dict[str, float]:

@@ -104,10 +104,10 @@ def build(assets: Path, override: dict[str, Any], model: dict[str, Any], engine:
     return worker
 
 
-def make_batch() -> Any:
-    """Four sequences a rank, of different lengths."""
+def make_batch(lengths: tuple[int, ...] = (9, 14, 20, 11)) -> Any:
+    """Sequences of this rank, of different lengths."""
     generator = torch.Generator().manual_seed(dist.get_rank())
-    return pack([torch.randint(3, 259, (length,), generator=generator) for length in (9, 14, 20, 11)])
+    return pack([torch.randint(3, 259, (length,), generator=generator) for length in lengths])
 
 
 def pack(rows: list[torch.Tensor]) -> Any:

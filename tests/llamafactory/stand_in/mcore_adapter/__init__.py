@@ -14,9 +14,14 @@ from transformers import Seq2SeqTrainingArguments as Base
 
 @dataclasses.dataclass
 class Seq2SeqTrainingArguments(Base):
-    """Those that the workflows read."""
+    """Those that the workflows read, and the example has."""
 
+    pipeline_model_parallel_size: int = 1
     expert_model_parallel_size: int | None = None
+    moe_token_dispatcher_type: str = "allgather"
+    moe_grouped_gemm: bool | None = None
+    recompute_granularity: str | None = None
+    use_distributed_optimizer: bool = False
     sequence_packing: bool = False
     additional_configs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
