@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class Report:
 
     Attributes:
         log: All that the program printed.
+        ranks: How many processes trained.
+        apart: The largest difference between them in the change of those rows.
         attached: How many layers DenseMixer was attached to.
         losses: Of each step, with all digits.
         errors: Of the first step's gradients, the worst against the oracle's, for each estimator.
@@ -51,6 +54,8 @@ class Report:
     """
 
     log: str
+    ranks: int
+    apart: float
     attached: int
     losses: list[float]
     errors: dict[str, float]
@@ -59,10 +64,12 @@ class Report:
     largest_change: float
 
 
-def call(command: list[str | Path], folder: Path, plugins: Path, **environment: str) -> str:
-    """Run a program in a folder, as its users do; what it printed."""
+def start(
+    command: list[str | Path], folder: Path, plugins: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program in a folder, as its users do. Doesn't raise if it fails."""
     paths = (TESTS, TESTS / "running", TESTS / "transformers", plugins)
-    done = run(
+    return run(
         ["bash", "-c", 'cd "$0" && exec "$@"', folder, *command],
         **{
             "PATH": f"{SCRIPTS}:/usr/bin:/bin",
@@ -71,6 +78,11 @@ def call(command: list[str | Path], folder: Path, plugins: Path, **environment: 
             **environment,
         },
     )
+
+
+def call(command: list[str | Path], folder: Path, plugins: Path, **environment: str) -> str:
+    """What a program printed that ended well."""
+    done = start(command, folder, plugins, **environment)
     log = done.stdout + done.stderr
     assert done.returncode == 0, log[-6000:]
     return log

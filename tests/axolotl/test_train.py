@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from programs import OF_ONE_STEP, Report, assert_only_the_routers_gradient_differs, call, read, train
+from programs import OF_ONE_STEP, Report, assert_only_the_routers_gradient_differs, call, read, start, train
 
 HERE = Path(__file__).parent
 PLUGIN = "densemixer_adapters.axolotl.DenseMixerPlugin"
@@ -59,6 +59,28 @@ def test_full_fine_tuning(configure: Configure, plain: Report, tmp_path: Path) -
     assert len(shares) == 2
     assert all(0 < float(share) < 1 for share in shares)
     assert "densemixer" not in plain.log.lower()
+
+
+def test_two_processes(configure: Configure, tmp_path: Path) -> None:
+    """By torchrun, each with its share of the batch: Axolotl puts models on GPUs then, unless they fit elsewhere."""
+    configure(tmp_path, plugins=[PLUGIN, PROBE], max_memory={"cpu": "4GiB"})
+    torchrun = ["--launcher", "torchrun", "--", "--nproc_per_node=2", "--standalone"]
+    run = train(["axolotl", "train", "my.yaml", *torchrun], tmp_path, HERE, AXOLOTL_DO_NOT_TRACK="1")
+    assert (run.attached, run.ranks, run.apart) == (2, 2, 0)
+    assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
+    assert run.never > 20
+    assert run.typical_change > 1e-3
+
+
+def test_the_key_that_no_plugin_reads(configure: Configure, tmp_path: Path) -> None:
+    configure(tmp_path, plugins=[PROBE])
+    done = start(["axolotl", "train", "my.yaml"], tmp_path, HERE, AXOLOTL_DO_NOT_TRACK="1")
+    assert done.returncode != 0
+    message = (
+        f"dense_mixer: none of the YAML's plugins reads it, so Axolotl would train without DenseMixer. Add {PLUGIN}"
+    )
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_environment_without_the_plugin(enabled: dict[str, Report], plain: Report) -> None:

@@ -1,6 +1,7 @@
 """What a framework's own program did in its steps: losses, gradients against the oracle, and the routers' rows.
 
 A framework's plugin makes one with its trainer. The report is JSON, in the file that PROBE names.
+On several processes, each of which has the whole model, the truth is the mean of their gradients, and the first writes.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import oracle
+import ranks
 import setting
 import torch
+import torch.distributed as dist
 import trainers
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -48,15 +51,24 @@ class Probe(trainers.Recorder):
         self.losses.append(loss.item())
         return loss
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_pre_optimizer_step(args, state, control, **kwargs)
+        if state.global_step == 0:
+            for truth in self.truth.values():
+                truth.update({name: torch.stack(of_all(value)).mean(0) for name, value in truth.items()})
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         changes, never = [], 0
         for block, start, seen in zip(self.routers, self.start, self.seen, strict=True):
-            rows = [row for row in range(len(start)) if row not in seen]
+            everywhere = set().union(*of_all(seen))
+            rows = [row for row in range(len(start)) if row not in everywhere]
             never += len(rows)
             changes.append((self.weight(block).detach() - start)[rows].norm(dim=-1))
         change = torch.cat(changes)
         errors = {name: setting.worst(worst_error, self.gradients, truth) for name, truth in self.truth.items()}
         report = {
+            "ranks": len(of_all(None)),
+            "apart": max((change - other).abs().max().item() for other in of_all(change)),
             "attached": len(attached_layers(self.trainer.model)),
             "losses": self.losses,
             "errors": errors,
@@ -64,7 +76,13 @@ class Probe(trainers.Recorder):
             "typical_change": change.median().item(),
             "largest_change": change.max().item(),
         }
-        Path(os.environ["PROBE"]).write_text(json.dumps(report))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            Path(os.environ["PROBE"]).write_text(json.dumps(report))
+
+
+def of_all(value: Any) -> list[Any]:
+    """What each process has."""
+    return ranks.of_all_ranks(value) if dist.is_initialized() else [value]
 
 
 def worst_error(value: Tensor, truth: Tensor) -> float:

@@ -53,7 +53,7 @@ class Recorder(TrainerCallback):
             blocks = FAMILY.blocks(truth)
             for block, index in zip(blocks, indices[: len(blocks)], strict=True):
                 block.forward = types.MethodType(with_router(FAMILY.oracle_forward(index, estimator)), block)
-            with oracle.Float64(), in_float64(getattr(trainer, "ref_model", None)):
+            with in_float64(getattr(trainer, "ref_model", None)), oracle.Float64():  # which has no way back to float32
                 # Not the step of TRL, which counts.
                 Trainer.training_step(trainer, truth, inputs, *args, **kwargs)
         del trainer._prepare_inputs

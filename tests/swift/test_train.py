@@ -14,15 +14,29 @@ from programs import EXAMPLES, OF_ONE_STEP, RATE, Report, assert_only_the_router
 HERE = Path(__file__).parent
 ENABLED = {"DENSEMIXER_ENABLED": "1"}
 SGD = f"--optim sgd --lr_scheduler_type constant --max_grad_norm 0 --weight_decay 0 --learning_rate {RATE}"
+GRPO = "--use_vllm false --reward_funcs many_kinds --num_generations 4 --per_device_train_batch_size 4"
 PROBED = [*SGD.split(), "--external_plugins", str(HERE / "probe_plugin.py"), "--callbacks", "probe"]
 
 
 def options(tiny: Path, name: str, *more: str) -> list[str]:
-    """What the program makes of an example's YAML, without what that sets in the environment; and the probe."""
+    """What the program makes of an example's YAML without vLLM and what is set in the environment; and the probe."""
     found = yaml.safe_load((EXAMPLES / "ms_swift" / name).read_text())
-    found.pop("ENV")
+    for key in ("ENV", "vllm_mode"):
+        found.pop(key, None)
     texts = [[f"--{key}", *map(str, value if isinstance(value, list) else [value])] for key, value in found.items()]
     return [*itertools.chain(*texts), *(tiny / "swift").read_text().split(), *PROBED, *more]
+
+
+def logged(folder: Path) -> str:
+    (file,) = folder.glob("out/*/logging.jsonl")
+    return file.read_text()
+
+
+def assert_metrics_of_two_steps(log: str) -> None:
+    steps = [json.loads(line) for line in log.splitlines() if line.startswith('{"loss"')]
+    shares = [step["densemixer/router_grad_share_unselected"] for step in steps]
+    assert len(shares) == 2
+    assert all(0 < share < 1 for share in shares)
 
 
 @pytest.fixture(scope="module")
@@ -33,12 +47,14 @@ def others(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Re
         "LoRA": ["sft", *options(tiny, "lora.yaml", "--lora_dropout", "0")],
         "LoRA, frozen": ["sft", *options(tiny, "lora.yaml", "--modules_to_save", "lm_head")],
         "DPO": ["rlhf", *options(tiny, "dpo.yaml", "--dataset", data, "--experts_impl", "eager")],  # has a float64
+        "GRPO": ["rlhf", *options(tiny, "grpo.yaml", *GRPO.split(), "--max_completion_length", "8")],
     }
     folders = {name: tmp_path_factory.mktemp("other") for name in commands}
     for name, folder in folders.items():
         (folder / "command.json").write_text(json.dumps(commands[name]))
-    call([sys.executable, HERE / "many.py", *folders.values()], HERE, HERE, **ENABLED)
-    return {name: read(folder / "report.json", (folder / "log").read_text()) for name, folder in folders.items()}
+    call([sys.executable, HERE / "many.py", *folders.values()], HERE, HERE, **ENABLED, DENSEMIXER_METRICS="1")
+    logs = {name: (folder / "log").read_text() + logged(folder) for name, folder in folders.items()}
+    return {name: read(folder / "report.json", logs[name]) for name, folder in folders.items()}
 
 
 def test_full_fine_tuning(tiny: Path, tmp_path: Path) -> None:
@@ -57,11 +73,17 @@ def test_full_fine_tuning(tiny: Path, tmp_path: Path) -> None:
     run, plain = reports["with"], reports["plain"]
     assert_only_the_routers_gradient_differs(run, plain)
     assert run.log.count("DenseMixer is attached to 2 layers of Qwen3MoeForCausalLM") == 1
-    (lines,) = (tmp_path / "with").glob("out/*/logging.jsonl")
-    logged = [json.loads(line) for line in lines.read_text().splitlines()]
-    shares = [entry["densemixer/router_grad_share_unselected"] for entry in logged if "loss" in entry]
-    assert len(shares) == 2
-    assert all(0 < share < 1 for share in shares)
+    assert_metrics_of_two_steps(logged(tmp_path / "with"))
+
+
+def test_two_processes(tiny: Path, tmp_path: Path) -> None:
+    """Each has its share of the batch, and all of the model. Without use_cpu, each trains for itself on a CPU."""
+    variables = {**ENABLED, "NPROC_PER_NODE": "2", "MASTER_PORT": "29595"}
+    run = train(["swift", "sft", *options(tiny, "sft.yaml", "--use_cpu", "true")], tmp_path, HERE, **variables)
+    assert (run.attached, run.ranks, run.apart) == (2, 2, 0)
+    assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
+    assert run.never > 20
+    assert run.typical_change > 1e-3
 
 
 def test_lora_with_the_routers(others: dict[str, Report]) -> None:
@@ -82,3 +104,13 @@ def test_dpo(others: dict[str, Report]) -> None:
     assert run.attached == 2
     assert run.losses[0] == pytest.approx(0.6931, abs=1e-4)
     assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
+
+
+def test_grpo(others: dict[str, Report]) -> None:
+    """It generates with the model that it trains, by transformers; the rewards are given by a rule."""
+    run = others["GRPO"]
+    assert run.attached == 2
+    assert run.errors["densemixer"] <= OF_ONE_STEP < run.errors["conventional"]
+    assert run.never > 20
+    assert run.typical_change > 1e-3
+    assert_metrics_of_two_steps(run.log)
