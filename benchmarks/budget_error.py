@@ -2,9 +2,10 @@
 
     make bench-budget ARGS="--help"
 
-On five kinds of layers: those of two small models that are trained on the source of Python's standard library for a
-moment (one of our own, and the demo's); one of copies of nearly one network, as up-cycling makes them; one of random
-experts; and one of specialists, which do much for inputs that the router sends them and little for others.
+On five kinds of layers: those of two kinds of small models that are trained on the source of Python's standard library
+for a moment (one of our own, and the demo's), several of each; one of copies of nearly one network, as up-cycling makes
+them; one of random experts; and one of specialists, which do much for inputs that the router sends them and little for
+others.
 
 Compared is the extra gradient of a router's weight, what DenseMixer adds to the conventional one, alone: the whole
 would flatter, since most of it is the same at each budget.
@@ -40,6 +41,7 @@ from densemixer_core.sampling import draw_pairs, offsets, share_of_pairs, typica
 LENGTH = 256
 ROWS = 16  # sequences of a forward; larger steps accumulate
 ESTIMATORS = ("densemixer", "centered")
+MODELS = 3  # of each kind that is trained: layers of one training differ from those of another
 SYNTHETIC = ("copies", "random", "specialists")
 PAIRS_PER_PILOT_BEFORE = 32
 
@@ -52,25 +54,48 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=24, help="draws of each budget")
     arguments = parser.parse_args()
     console = Console(width=120)
-    data = library()
-    models = {"trained": trained(data, arguments.train), "demo": demo_model(arguments.train)}
+    torch.set_num_threads(1)  # or sums in the training are taken in another order each time
+    models = [
+        (kind, train(arguments.train, seed))
+        for kind, train in (("trained", trained), ("demo", demo_model))
+        for seed in range(MODELS)
+    ]
 
     budgets = sorted(arguments.budgets, reverse=True)
-    table = Table("tokens a step", "layer", "estimator", *(f"1/{1 / budget:g}" for budget in budgets))
+    heads = ("tokens a step", "layer", "estimator", *(f"1/{1 / budget:g}" for budget in budgets))
+    table, ranges = Table(*heads), Table(*heads)
     for tokens in arguments.tokens:
-        layers = {name: synthetic(name, tokens) for name in SYNTHETIC}
-        for name, (model, rows) in models.items():
-            steps = recorded(model, sample(rows, tokens))
-            layers |= {f"{name} {number}": layer for number, layer in enumerate(steps)}
-        for name, parts in track(layers.items(), f"{tokens} tokens", console=console):
+        layers = {name: [synthetic(name, tokens)] for name in SYNTHETIC}
+        for kind, (model, rows) in models:
+            for number, layer in enumerate(recorded(model, sample(rows, tokens))):
+                layers.setdefault(f"{kind} {number}", []).append(layer)
+        found = {
+            (name, estimator, budget): [compare(parts, estimator, budget, arguments.seeds) for parts in layers[name]]
+            for name in track(layers, f"{tokens} tokens", console=console)
+            for estimator in ESTIMATORS
+            for budget in budgets
+        }
+        for name in layers:
             for estimator in ESTIMATORS:
-                cells = [compare(parts, estimator, budget, arguments.seeds) for budget in budgets]
+                cells = [" → ".join(map(mean, zip(*found[name, estimator, budget], strict=True))) for budget in budgets]
                 table.add_row(str(tokens), name, estimator, *cells)
+        for estimator in ESTIMATORS:
+            cells = []
+            for budget in budgets:
+                now = [pair[1] for name in layers if name not in SYNTHETIC for pair in found[name, estimator, budget]]
+                cells.append(f"{min(now):.2f} to {max(now):.2f}")
+            ranges.add_row(str(tokens), "all that were trained", estimator, *cells)
     console.print(table)
     console.print(
         "Cosine between the extra gradient of a router's weight at that budget and the exact one, without control "
-        f"variates → with them; mean over {arguments.seeds} draws."
+        f"variates → with them; mean over {arguments.seeds} draws, and over {MODELS} models where they were trained."
     )
+    console.print(ranges)
+    console.print(f"The least and the greatest of the layers of all {2 * MODELS} models, with control variates.")
+
+
+def mean(cosines: tuple[float, ...]) -> str:
+    return f"{sum(cosines) / len(cosines):.3f}"
 
 
 @dataclasses.dataclass
@@ -104,7 +129,8 @@ class Part:
         return (score_gradient_to_logits(extra, self.scores, "softmax").double().t() @ self.x.double()).flatten()
 
 
-def compare(parts: list[Part], estimator: str, budget: float, seeds: int) -> str:
+def compare(parts: list[Part], estimator: str, budget: float, seeds: int) -> tuple[float, float]:
+    """The mean cosine over draws, without control variates and with them."""
     truth = torch.stack([exact(part, estimator) for part in parts]).sum(0)
     means = []
     for gradient in (before, now):
@@ -113,7 +139,7 @@ def compare(parts: list[Part], estimator: str, budget: float, seeds: int) -> str
             for seed in range(seeds)
         ]
         means.append(sum(cosine_similarity(draw.sum(0), truth, dim=0).item() for draw in draws) / seeds)
-    return f"{means[0]:.3f} → {means[1]:.3f}"
+    return means[0], means[1]
 
 
 def exact(part: Part, estimator: str) -> Tensor:
@@ -228,8 +254,10 @@ def sample(data: Tensor, tokens: int, seed: int = 1, length: int = LENGTH) -> It
         yield data[starts + torch.arange(length)]
 
 
-def trained(data: Tensor, steps: int) -> tuple[Qwen3MoeForCausalLM, Tensor]:
-    torch.manual_seed(0)
+def trained(steps: int, seed: int) -> tuple[Qwen3MoeForCausalLM, Tensor]:
+    """A small model, and the library in its tokens."""
+    data = library()
+    torch.manual_seed(seed)
     config = Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=128,
@@ -247,7 +275,7 @@ def trained(data: Tensor, steps: int) -> tuple[Qwen3MoeForCausalLM, Tensor]:
     model = Qwen3MoeForCausalLM(config)
     model.set_experts_implementation("grouped_mm")
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    for batch in track(list(sample(data, steps * 2048, seed=0, length=128)), "training"):
+    for batch in track(list(sample(data, steps * 2048, seed=seed + 100, length=128)), "training"):
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
@@ -255,14 +283,14 @@ def trained(data: Tensor, steps: int) -> tuple[Qwen3MoeForCausalLM, Tensor]:
     return model, data
 
 
-def demo_model(steps: int) -> tuple[Any, Tensor]:
+def demo_model(steps: int, seed: int) -> tuple[Any, Tensor]:
     """The demo's start model, and the library in its tokens."""
     import model as start
     from data import library_files
     from settings import Settings
 
     with tempfile.TemporaryDirectory() as folder:
-        settings = Settings(folder, "densemixer", 0, steps, 4, 256, 5e-4, 0, "cpu")
+        settings = Settings(folder, "densemixer", 0, steps, 4, 256, 5e-4, seed, "cpu")
         start.pretrain(library_files(), settings)
         model, tokenizer = start.load(settings)
     torch.use_deterministic_algorithms(False)
