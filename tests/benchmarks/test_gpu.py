@@ -21,8 +21,8 @@ from gpu_parts import PARTS, Part
 ROOT = Path(__file__).parents[2]
 
 
-def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def call(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **settings}
     command = [sys.executable, ROOT / "ci" / "gpu.py", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
 
@@ -54,6 +54,32 @@ def test_it_wants_a_gpu(tmp_path: Path) -> None:
     done = call("--output", tmp_path)
     assert done.returncode == 1
     assert "needs a CUDA GPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "exit status -11"),
+        ("raise ImportError('libcudart.so.13: not found')", "libcudart.so.13: not found"),
+        (
+            "import types, warnings; warnings.warn('The NVIDIA driver on your system is too old');"
+            "cuda = types.SimpleNamespace(is_available=lambda: False)",
+            "The NVIDIA driver on your system is too old",
+        ),
+    ],
+    ids=["it dies", "it raises", "it warns"],
+)
+def test_why_torch_has_no_gpu(torch: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(torch)
+    done = call("--output", tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+
+
+def test_where_python_leaves_out_the_folder_of_a_program(tmp_path: Path) -> None:
+    done = call("--dry-run", "--parts", "OLMoE", "--output", tmp_path, PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_parts_have_names_of_their_own_and_those_on_the_page() -> None:
@@ -154,12 +180,14 @@ def test_what_becomes_of_a_part(tmp_path: Path) -> None:
     cases = {
         "ok": part("print('first'); print('== 3 passed ==')"),
         "failed": part("print('first'); raise SystemExit('last')"),
+        "died": part("import os, signal; print('first', flush=True); os.kill(os.getpid(), signal.SIGKILL)"),
         "skipped": part("print('never')", needs=("sys", "does_not_exist")),
     }
     found = [gpu.run(one, tmp_path, dry=False) for one in cases.values()]
-    assert [outcome.state for outcome in found] == [*cases]
-    assert [outcome.found for outcome in found] == ["3 passed", "last", "needs does_not_exist"]
-    assert [line.split()[0] for line in gpu.table(found).splitlines()] == [*cases]
+    states = ["ok", "failed", "failed", "skipped"]
+    assert [outcome.state for outcome in found] == states
+    assert [outcome.found for outcome in found] == ["3 passed", "last", "exit status -9, first", "needs does_not_exist"]
+    assert [line.split()[0] for line in gpu.table(found).splitlines()] == states
 
 
 def test_parts_find_the_packages_of_this_repository_and_no_gpu_in_a_dry_run(tmp_path: Path) -> None:
