@@ -14,12 +14,9 @@ import contextlib
 import csv
 import dataclasses
 import datetime
-import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,9 +27,8 @@ from rich.progress import Progress
 from rich.table import Table
 from shapes import SHAPES
 from worker import Specification
+from worker_process import ORIGINAL, Worker
 
-HERE = Path(__file__).parent
-ORIGINAL = "ORIGINAL_DENSEMIXER_PYTHON"
 BUDGETS = {"exact": "1", "budget 1/4": "0.25", "budget 1/8": "0.125", "budget 1/16": "0.0625", "budget 1/32": "0.03125"}
 NAMES = {budget: name for name, budget in BUDGETS.items()}
 
@@ -172,54 +168,6 @@ def measure(case: Case, compared: list[str], rounds: int) -> list[dict[str, Any]
             row["share_of_matmul_rate"] = floor / extra if extra > 0 else ""
         rows.append(row)
     return rows
-
-
-class Worker:
-    """A process that takes the steps of one setting."""
-
-    def __init__(self, specification: Specification) -> None:
-        original = specification.setting == "original"
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DENSEMIXER_ENABLED": "1" if original else "0"}
-        self._process = subprocess.Popen(
-            [
-                os.environ[ORIGINAL] if original else sys.executable,
-                str(HERE / "worker.py"),
-                json.dumps(dataclasses.asdict(specification)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self._setting = specification.setting
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        return float(self._ask("step"))
-
-    def finish(self) -> dict[str, Any]:
-        """What it measured besides."""
-        self._process.stdin.close()  # type: ignore[union-attr]
-        found: dict[str, Any] = json.loads(self._answer())
-        return found
-
-    def _ask(self, question: str) -> str:
-        print(question, file=self._process.stdin, flush=True)
-        return self._answer()
-
-    def _answer(self) -> str:
-        answer = self._process.stdout.readline()  # type: ignore[union-attr]
-        if not answer:
-            raise RuntimeError(f"the process of {self._setting!r} died with exit status {self._process.wait()}")
-        return answer
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
 
 
 def once(specification: Specification) -> float:

@@ -3,8 +3,9 @@
 Usage, on a machine with a CUDA GPU, torch, Triton and this package: python benchmarks/kernel.py [--help].
 
 The operations are those of one layer's extra backward pass: 6·hidden·ffn for each token and expert. The ways and the
-large product take turns. Prints a table and appends its rows to a CSV. With TRITON_INTERPRET=1 it runs on a
-CPU, slowly, to show that it runs; its times mean nothing there.
+large product take turns. Prints a table and appends its rows to a CSV. A way that raises or gives other numbers doesn't
+stop the rest, and makes the exit status 1. With TRITON_INTERPRET=1 it runs on a CPU, slowly, to show that it runs; its
+times mean nothing there.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import argparse
 import csv
 import dataclasses
 import datetime
+import math
 import os
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,24 +28,26 @@ from torch import Tensor
 
 from densemixer_core import Activation, ExpertLayout, ExpertWeights, StackedExperts
 from densemixer_core.kernel import INTERPRETED
-from densemixer_core.kernel.ways import ONE_BY_ONE, ways
+from densemixer_core.kernel.ways import ONE_BY_ONE, TOLERANCE, ways
 
 SILU = Activation("silu", "concatenated")
+LARGE = "large product"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line of the table: milliseconds, and operations a second over those of the large product."""
+    """One line of the table: milliseconds, operations a second over those of the large product, and what is wrong."""
 
     tokens: int
     what: str
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    tflops: float
-    of_matmul_rate: float
-    error: float
+    median_ms: float = math.nan
+    p20_ms: float = math.nan
+    p80_ms: float = math.nan
+    tflops: float = math.nan
+    of_matmul_rate: float = math.nan
+    error: float = math.nan
+    failed: str = ""
 
 
 def milliseconds(run: Callable[[], object], device: str) -> float:
@@ -73,24 +78,55 @@ def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
     found = {name: lambda way=way: way(x, g) for name, way in ways(experts_, options.workspace_mb << 20).items()}
     a, b = random(side, side), random(side, side)
 
-    runs: dict[str, Callable[[], Tensor]] = {"large product": lambda: a @ b, **found}
-    operations = dict.fromkeys(found, 6.0 * tokens * experts * hidden * ffn) | {"large product": 2.0 * side**3}
-    expected = found[ONE_BY_ONE]()
-    errors = {name: ((run() - expected).norm() / expected.norm()).item() for name, run in found.items()}  # tunes it too
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    runs: dict[str, Callable[[], Tensor]] = {LARGE: lambda: a @ b, **found}
+    operations = dict.fromkeys(found, 6.0 * tokens * experts * hidden * ffn) | {LARGE: 2.0 * side**3}
+    outputs, failed = outputs_of(runs)
+    errors = {LARGE: 0.0}
+    for name in found.keys() & outputs.keys():
+        errors[name] = error_of(outputs[name], outputs.get(ONE_BY_ONE))
+        if not errors[name] <= TOLERANCE[dtype]:  # NaN is wrong, too
+            failed[name] = f"is off by {errors[name]:.1e}, where rounding is at most {TOLERANCE[dtype]:.0e}"
+    times: dict[str, list[float]] = {name: [] for name in outputs}
     for repetition in range(options.repetitions + 2):
-        for name, run in runs.items():
-            elapsed = milliseconds(run, device)
+        for name, taken in times.items():
+            elapsed = milliseconds(runs[name], device)
             if repetition >= 2:  # warm by then
-                times[name].append(elapsed)
-    rate = operations["large product"] / statistics.median(times["large product"])
+                taken.append(elapsed)
+    rate = operations[LARGE] / statistics.median(times.get(LARGE, [math.nan]))
     rows = []
-    for name, taken in times.items():
-        low, _, _, high = statistics.quantiles(taken, n=5, method="inclusive")
-        median = statistics.median(taken)
-        speed = operations[name] / median
-        rows.append(Row(tokens, name, median, low, high, speed / 1e9, speed / rate, errors.get(name, 0.0)))
+    for name in runs:
+        row = Row(tokens, name, error=errors.get(name, math.nan), failed=failed.get(name, ""))
+        if name in times:
+            low, _, _, high = statistics.quantiles(times[name], n=5, method="inclusive")
+            median = statistics.median(times[name])
+            speed = operations[name] / median
+            row = dataclasses.replace(
+                row, median_ms=median, p20_ms=low, p80_ms=high, tflops=speed / 1e9, of_matmul_rate=speed / rate
+            )
+        rows.append(row)
     return rows
+
+
+def outputs_of(runs: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Of those that run, which tunes them too; and why the others don't."""
+    outputs, failed = {}, {}
+    for name, run in runs.items():
+        try:
+            outputs[name] = run()
+        except Exception as error:  # of Triton's compiler, a C compiler, the driver, memory: there are many kinds
+            traceback.print_exc()
+            failed[name] = reason(error)
+    return outputs, failed
+
+
+def reason(error: Exception) -> str:
+    """In one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def error_of(output: Tensor, expected: Tensor | None) -> float:
+    """NaN where there is nothing to compare with."""
+    return math.nan if expected is None else ((output - expected).norm() / expected.norm()).item()
 
 
 def main() -> None:
@@ -122,18 +158,29 @@ def main() -> None:
     print(f"{'tokens':>7}  {'':13} {'median ms':>10} {'p20':>9} {'p80':>9} {'TFLOP/s':>9} {'of rate':>8}  error")
     options.csv.parent.mkdir(parents=True, exist_ok=True)
     new = not options.csv.exists()
+    failures = []
     with options.csv.open("a", newline="") as file:
         writer = csv.DictWriter(file, [*about, *(field.name for field in dataclasses.fields(Row))])
         if new:
             writer.writeheader()
         for tokens in options.tokens:
-            for row in measure(options, tokens, device):
+            try:
+                rows = measure(options, tokens, device)
+            except Exception as error:  # the next number of tokens may fit into memory
+                traceback.print_exc()
+                rows = [Row(tokens, "all", failed=reason(error))]
+            for row in rows:
                 writer.writerow(about | dataclasses.asdict(row))
                 print(
                     f"{row.tokens:7}  {row.what:13} {row.median_ms:10.3f} {row.p20_ms:9.3f} {row.p80_ms:9.3f} "
-                    f"{row.tflops:9.2f} {row.of_matmul_rate:8.1%}  {row.error:.1e}"
+                    f"{row.tflops:9.2f} {row.of_matmul_rate:8.1%}  {row.error:.1e}  {row.failed}"
                 )
+                if row.failed:
+                    failures.append(f"{row.tokens} tokens, {row.what}: {row.failed}")
+            file.flush()  # in case the rest is cut short
     print(f"Appended to {options.csv}. error: ‖way − one by one‖ / ‖one by one‖.")
+    if failures:
+        sys.exit("; ".join(failures))
 
 
 if __name__ == "__main__":

@@ -4,29 +4,31 @@
 
 Nothing is installed: it runs with the Python at hand, which needs torch, Triton and transformers; a part that needs
 more says so. Each part's output goes to a file in the folder of results, each number to a CSV there. The exit status is
-1 if a part failed or was ended at its limit. `ci/gpu_parts.py` has the parts, docs/gpu.md more words.
+1 if a part failed, was ended at its limit, or was cut short by SIGINT, SIGTERM or SIGHUP. `ci/gpu_parts.py` has the
+parts, docs/gpu.md more words.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import datetime
 import importlib.util
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 from gpu_parts import PARTS, Part
+from gpu_processes import adopt_orphans, children, end_all_but, interrupt_on_signals
 
 ROOT = Path(__file__).parents[1].resolve()
-FAILED = ("failed", "ended")
+CUT = "cut short"
+FAILED = ("failed", "ended", CUT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Outcome:
 
     Args:
         part: Its name.
-        state: ``ok``, ``failed``, ``ended`` at its limit, or ``skipped``.
+        state: ``ok``, ``failed``, ``ended`` at its limit, ``cut short`` by a signal, or ``skipped``.
         seconds: That it took.
         found: The last line that it printed, or why it was skipped or ended.
     """
@@ -53,19 +55,22 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="small, on the CPU, kernels in Triton's interpreter")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "gpu")
     options = parser.parse_args()
+    adopt_orphans()
+    interrupt_on_signals()
     machine = "CPU, dry run" if options.dry_run else gpu()
     output: Path = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     print(f"{machine}; results in {output}", flush=True)
-    outcomes = []
+    outcomes: list[Outcome] = []
     try:
         for part in (part for part in PARTS if part.name in options.parts):
             print(f"{part.name}: {part.why} (at most {part.limit} s)", flush=True)
             outcomes.append(run(part, output, options.dry_run))
             append(outcomes[-1], machine, output / "parts.csv")
-    except KeyboardInterrupt:
-        print("cut short")
-    print(table(outcomes))
+            if outcomes[-1].state == CUT:
+                break
+    finally:
+        print(table(outcomes))
     sys.exit(any(outcome.state in FAILED for outcome in outcomes))
 
 
@@ -74,16 +79,17 @@ def gpu() -> str:
     code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"ci/gpu.py needs torch in {sys.executable}: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"ci/gpu.py needs torch in {sys.executable}: {last(done.stderr, done.returncode)}")
     if not (name := done.stdout.strip()):
         sys.exit(
-            "ci/gpu.py needs a CUDA GPU: torch.cuda.is_available() is False. --dry-run tries the parts on the CPU."
+            "ci/gpu.py needs a CUDA GPU: torch.cuda.is_available() is False. --dry-run tries the parts on the CPU.\n"
+            + done.stderr.strip()  # such as that the driver is too old
         )
     return name
 
 
 def run(part: Part, output: Path, dry: bool) -> Outcome:
-    """Run one part, and end it and all that it started at its limit."""
+    """Run one part, and end all that is left of it afterwards, at its limit, or at a signal."""
     command = part.dry if dry else part.command
     if command is None:
         return Outcome(part.name, "skipped", 0.0, "on a CPU it is in `make test`")
@@ -91,27 +97,43 @@ def run(part: Part, output: Path, dry: bool) -> Outcome:
     if missing:
         return Outcome(part.name, "skipped", 0.0, f"needs {', '.join(missing)}")
     log = output / f"{part.name}.log"
+    command = [sys.executable, *(argument.replace("OUT", str(output)) for argument in command)]
     start = time.monotonic()
+    before = children()
+    try:
+        state, found = finish(command, environment(dry, part.kernels), log, part.limit)
+    except KeyboardInterrupt as cut:
+        state, found = CUT, f"by {cut}, see {log.name}"
+    finally:
+        end_all_but(before)
+    return Outcome(part.name, state, time.monotonic() - start, found)
+
+
+def finish(command: list[str], env: dict[str, str], log: Path, limit: int) -> tuple[str, str]:
+    """Run a command to its end or its limit: what became of it, and the last line that it printed, or why not."""
     with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *(argument.replace("OUT", str(output)) for argument in command)],
-            cwd=ROOT,
-            env=environment(dry, part.kernels),
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
         try:
-            status = process.wait(part.limit)
-        except subprocess.TimeoutExpired:
-            return Outcome(
-                part.name, "ended", time.monotonic() - start, f"took more than {part.limit} s, see {log.name}"
+            process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
             )
-        finally:
-            end(process)
-    lines = log.read_text(errors="replace").strip().splitlines() or [f"exit status {status}"]
-    return Outcome(part.name, "failed" if status else "ok", time.monotonic() - start, lines[-1].strip("= "))
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            return "ended", f"took more than {limit} s, see {log.name}"
+    text = log.read_text(errors="replace")
+    return ("failed", last(text, status)) if status else ("ok", last(text, status))
+
+
+def last(text: str, status: int) -> str:
+    """The last line of an output; without one, or where a signal ended the process, its exit status."""
+    *_, line = ["", *text.strip().splitlines()]
+    line = line.strip("= ")
+    return line if line and status >= 0 else ", ".join(filter(None, [f"exit status {status}", line]))
 
 
 def environment(dry: bool, kernels: bool) -> dict[str, str]:
@@ -122,15 +144,9 @@ def environment(dry: bool, kernels: bool) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "HF_HUB_OFFLINE": "1",
         "COLUMNS": "160",
+        "PYTHONUNBUFFERED": "1",  # what is ended keeps what it has printed
         **where,
     }
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """It, and all that is left of what it started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 def append(outcome: Outcome, machine: str, path: Path) -> None:
@@ -147,7 +163,7 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """A line each."""
     width = max((len(outcome.part) for outcome in outcomes), default=0)
     return "\n".join(
-        f"{outcome.state:8} {outcome.part:{width}} {outcome.seconds:6.0f} s  {outcome.found}" for outcome in outcomes
+        f"{outcome.state:9} {outcome.part:{width}} {outcome.seconds:6.0f} s  {outcome.found}" for outcome in outcomes
     )
 
 

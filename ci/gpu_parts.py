@@ -14,7 +14,8 @@ class Part:
         command: What follows the Python interpreter. ``OUT`` in it stands for the folder of results.
         limit: Seconds, after which it is ended.
         why: What it shows.
-        needs: Modules that it needs besides torch, Triton and transformers.
+        needs: Modules that it needs besides torch, Triton and transformers, with those that packages need which require
+            torch: they are installed without what they require where torch is the machine's own.
         dry: What follows the Python interpreter in a dry run; None where that would be what `make test` runs anyway.
         kernels: Whether the dry run has kernels, in Triton's interpreter, which is slow.
     """
@@ -41,6 +42,8 @@ SELFTEST = ("-m", "densemixer_adapters.cli", "selftest")
 BENCH = ("benchmarks", "--output=OUT", "--settings", "exact", "budget 1/8", "budget 1/32")
 PRINTS = ("rich", "typer", "jinja2", "packaging")
 DRAWS = ("rich", "matplotlib")
+PEFT = ("pytest", "packaging", "peft", "accelerate", "psutil")
+ZERO = ("deepspeed", "cpuinfo", "einops", "hjson", "msgpack", "ninja", "psutil", "pydantic")
 OTHERS = ("OLMoE-1B-7B", "Qwen1.5-MoE-A2.7B", "Mixtral-8x7B")
 FULL = (4096, 8192, 16384, 32768)
 
@@ -106,20 +109,20 @@ PARTS = (
         _tests("tests/transformers/test_peft.py", "-k", "test_gradients or experts_in_full or checkpointing"),
         180,
         "LoRA on attention and experts against the oracle",
-        ("pytest", "packaging", "peft"),
+        PEFT,
     ),
     Part(
         "quantised",
         _tests("tests/transformers/test_quantised.py", "-k", "test_qlora or test_experts_in_4_bit"),
         180,
         "bitsandbytes with its own kernels",
-        ("pytest", "packaging", "peft", "bitsandbytes"),
+        (*PEFT, "bitsandbytes"),
     ),
     Part(
         "ways of running",
         _tests("tests/running/test_matrix.py", "-k", "test_cell and not Liger and not refused and not fsdp_size"),
         540,
         "trainers of transformers and TRL, compile, FSDP and ZeRO against the oracle",
-        ("pytest", "packaging", "trl", "deepspeed", "liger_kernel"),
+        ("pytest", "packaging", "accelerate", "datasets", "trl", "liger_kernel", *ZERO),
     ),
 )

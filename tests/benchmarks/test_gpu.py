@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -20,8 +21,8 @@ from gpu_parts import PARTS, Part
 ROOT = Path(__file__).parents[2]
 
 
-def call(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+def call(*arguments: str | Path, **settings: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **settings}
     command = [sys.executable, ROOT / "ci" / "gpu.py", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=570)
 
@@ -55,6 +56,32 @@ def test_it_wants_a_gpu(tmp_path: Path) -> None:
     assert "needs a CUDA GPU" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "exit status -11"),
+        ("raise ImportError('libcudart.so.13: not found')", "libcudart.so.13: not found"),
+        (
+            "import types, warnings; warnings.warn('The NVIDIA driver on your system is too old');"
+            "cuda = types.SimpleNamespace(is_available=lambda: False)",
+            "The NVIDIA driver on your system is too old",
+        ),
+    ],
+    ids=["it dies", "it raises", "it warns"],
+)
+def test_why_torch_has_no_gpu(torch: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text(torch)
+    done = call("--output", tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr
+
+
+def test_where_python_leaves_out_the_folder_of_a_program(tmp_path: Path) -> None:
+    done = call("--dry-run", "--parts", "OLMoE", "--output", tmp_path, PYTHONSAFEPATH="1")
+    assert done.returncode == 0, done.stderr
+
+
 def test_parts_have_names_of_their_own_and_those_on_the_page() -> None:
     names = [one.name for one in PARTS]
     page = (ROOT / "docs" / "gpu.md").read_text()
@@ -76,19 +103,70 @@ def test_each_part_selects_tests(one: Part) -> None:
         assert word in text, word
 
 
-def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+SLEEPS = "import time; print('waits', flush=True); time.sleep(600)"
+# A child with a session of its own, as torchrun gives its workers, whose parent ends before the part does.
+ORPHAN = f"import subprocess; subprocess.run(['sh', '-c', 'setsid sleep 600 & echo $!']); {SLEEPS}"
+
+
+def started(output: Path, one: Part) -> subprocess.Popen[str]:
+    """`main` with one part, and nothing of a GPU."""
     code = (
-        "import subprocess, time; child = subprocess.Popen(['sleep', '600']); print(child.pid, flush=True);"
-        "time.sleep(600)"
+        f"import sys; sys.path.insert(0, {str(ROOT / 'ci')!r}); import gpu; Part = gpu.Part; gpu.PARTS = ({one!r},);"
+        f"sys.argv = ['gpu.py', '--dry-run', '--output', {str(output)!r}]; gpu.main()"
     )
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def row(output: Path) -> dict[str, str]:
+    """The only one of the table."""
+    with (output / "parts.csv").open() as file:
+        (found,) = csv.DictReader(file)
+    return found
+
+
+def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     start = time.monotonic()
-    outcome = gpu.run(part(code, limit=5), tmp_path, dry=False)  # time for Python to start, where others work
+    process = started(tmp_path, part("", limit=3, dry=("-c", ORPHAN)))
+    printed, _ = process.communicate(timeout=60)
     assert time.monotonic() - start < 60
-    assert (outcome.state, outcome.found) == ("ended", "took more than 5 s, see some.log")
-    child = int((tmp_path / "some.log").read_text())
-    while runs(child):  # what is killed takes a moment to be gone
+    assert printed.splitlines()[-1].startswith("ended     some")
+    assert (row(tmp_path)["state"], row(tmp_path)["found"]) == ("ended", "took more than 3 s, see some.log")
+    assert process.returncode == 1
+    assert not runs(int((tmp_path / "some.log").read_text().split()[0]))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_cuts_it_short_with_all_that_it_started(name: str, tmp_path: Path) -> None:
+    process = started(tmp_path, part("", dry=("-c", ORPHAN)))
+    log = tmp_path / "some.log"
+    start = time.monotonic()
+    while not (log.exists() and "waits" in log.read_text()):
         assert time.monotonic() - start < 60
         time.sleep(0.05)
+    for _ in range(2):  # as `timeout` does, to it and to its group
+        process.send_signal(signal.Signals[name])
+    printed, _ = process.communicate(timeout=60)
+    assert printed.splitlines()[-1].startswith("cut short some")
+    assert (row(tmp_path)["state"], row(tmp_path)["found"]) == ("cut short", f"by {name}, see some.log")
+    assert process.returncode == 1
+    assert not runs(int(log.read_text().split()[0]))
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
+    """As SIGHUP under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = started(tmp_path, part("", dry=("-c", "import time; print('waits', flush=True); time.sleep(1)")))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    start = time.monotonic()
+    while not (tmp_path / "some.log").exists():
+        assert time.monotonic() - start < 60
+        time.sleep(0.05)
+    process.send_signal(signal.SIGHUP)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert row(tmp_path)["state"] == "ok"
 
 
 def runs(process: int) -> bool:
@@ -102,12 +180,14 @@ def test_what_becomes_of_a_part(tmp_path: Path) -> None:
     cases = {
         "ok": part("print('first'); print('== 3 passed ==')"),
         "failed": part("print('first'); raise SystemExit('last')"),
+        "died": part("import os, signal; print('first', flush=True); os.kill(os.getpid(), signal.SIGKILL)"),
         "skipped": part("print('never')", needs=("sys", "does_not_exist")),
     }
     found = [gpu.run(one, tmp_path, dry=False) for one in cases.values()]
-    assert [outcome.state for outcome in found] == [*cases]
-    assert [outcome.found for outcome in found] == ["3 passed", "last", "needs does_not_exist"]
-    assert [line.split()[0] for line in gpu.table(found).splitlines()] == [*cases]
+    states = ["ok", "failed", "failed", "skipped"]
+    assert [outcome.state for outcome in found] == states
+    assert [outcome.found for outcome in found] == ["3 passed", "last", "exit status -9, first", "needs does_not_exist"]
+    assert [line.split()[0] for line in gpu.table(found).splitlines()] == states
 
 
 def test_parts_find_the_packages_of_this_repository_and_no_gpu_in_a_dry_run(tmp_path: Path) -> None:

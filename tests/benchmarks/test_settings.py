@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 from worker import Specification, make_step, saved_bytes
+from worker_process import Worker
 
 
 def operations(setting: str, name: str, layers: int) -> int:
@@ -33,3 +34,22 @@ def test_the_floor_counts_what_is_added(name: str, layers: int) -> None:
 def test_saved_bytes() -> None:
     x = torch.ones(1000, requires_grad=True)
     assert saved_bytes(lambda: x.exp().sum().backward()) == 4000
+
+
+def specification(dtype: str) -> Specification:
+    return Specification("matmul", SHAPES["Qwen3-30B-A3B"].scaled(64), 8, 0, False, "eager", dtype, "cpu")
+
+
+def test_a_worker_that_dies_says_why() -> None:
+    """Also where it did so before it was asked anything."""
+    with Worker(specification("float33")) as worker:
+        worker._process.wait()
+        with pytest.raises(RuntimeError, match="'matmul' died with exit status 1") as caught:
+            worker.step()
+    assert str(caught.value).splitlines()[-1] == "AttributeError: module 'torch' has no attribute 'float33'"
+
+
+def test_a_worker_where_python_leaves_out_the_folder_of_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    with Worker(specification("float32")) as worker:
+        assert worker.step() > 0
