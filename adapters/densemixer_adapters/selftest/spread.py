@@ -14,13 +14,13 @@ from torch.multiprocessing.spawn import spawn
 
 from densemixer_adapters.collectives import all_gather, given_back, handed_out
 from densemixer_adapters.expert_parallel import gathered_dots
-from densemixer_adapters.selftest import products
+from densemixer_adapters.selftest import samples
 from densemixer_adapters.selftest.outcome import Outcome, compared
 from densemixer_adapters.selftest.reference import relative_error
 from densemixer_core import ExpertWeights, StackedExperts
 
 RANKS = 2
-SPLIT = (60, products.TOKENS)
+SPLIT = (60, samples.SMALL.tokens)
 """Where each rank's tokens end: not the same number on each."""
 
 
@@ -51,10 +51,10 @@ def _rank(rank: int, ranks: int, meeting: str, backend: str, device: str) -> Non
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)  # the names of collectives that torch before 2.13 has no other for
     dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    x, g = products.rows(torch.float32, device)
-    everything = products.experts(torch.float32, device, False, False)
-    start, end = (0, *SPLIT)[rank : rank + 2] if ranks > 1 else (0, products.TOKENS)
-    held = products.EXPERTS // ranks
+    x, g = samples.rows(torch.float32, device)
+    everything = samples.experts(torch.float32, device, False)
+    start, end = (0, *SPLIT)[rank : rank + 2] if ranks > 1 else (0, samples.SMALL.tokens)
+    held = samples.SMALL.experts // ranks
     ours = slice(rank * held, (rank + 1) * held)
     weights = ExpertWeights(everything.weights.up[ours], everything.weights.down[ours])
     dots = gathered_dots(
@@ -63,7 +63,7 @@ def _rank(rank: int, ranks: int, meeting: str, backend: str, device: str) -> Non
         None,
         experts=[StackedExperts(weights, everything.layout)],
         indices=range(ours.start, ours.stop),
-        count=products.EXPERTS,
+        count=samples.SMALL.experts,
         selected=2,
         group=dist.group.WORLD,  # type: ignore[arg-type]
         budget=1.0,
@@ -72,7 +72,7 @@ def _rank(rank: int, ranks: int, meeting: str, backend: str, device: str) -> Non
     )
     if ranks == 1:  # which exchanges nothing: have the backend hand all of it from this process to itself
         dots = _through_the_backend(dots, dist.group.WORLD)  # type: ignore[arg-type]
-    truth = products.truth(x[start:end], g[start:end], everything)
+    truth = samples.truth(x[start:end], g[start:end], everything)
     torch.save({"dots": dots.cpu(), "truth": truth.cpu()}, f"{meeting}.{rank}")
     dist.destroy_process_group()
 
