@@ -75,12 +75,14 @@ def _each_way(case: Case, dtype: torch.dtype, device: str) -> Iterator[Outcome]:
     x, g = rows(dtype, device, sizes)
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     allowed = TOLERANCE[torch.float16 if tf32 else dtype]
-    what = ", ".join((
-        str(dtype).removeprefix("torch."),
-        layout(case.like_gpt_oss),
-        "whole tiles" if case.whole else "parts of tiles",
-        f"{case.activation.function} {case.activation.gate or 'without gates'}",
-    ))
+    what = ", ".join(
+        (
+            str(dtype).removeprefix("torch."),
+            layout(case.like_gpt_oss),
+            "whole tiles" if case.whole else "parts of tiles",
+            f"{case.activation.function} {case.activation.gate or 'without gates'}",
+        )
+    )
     width = sizes.ffn * (1 if case.activation.gate is None else 2)
     workspace = int(case.at_a_time * sizes.tokens * (width + sizes.ffn) * dtype.itemsize)
     for name, way in ways(stacked, workspace).items():
