@@ -1,7 +1,6 @@
 """Plants faults into code that is loaded already, and runs ``densemixer selftest`` on it in this process."""
 
 from __future__ import annotations
-
 import __future__
 
 import importlib

@@ -1,4 +1,4 @@
-"""``densemixer selftest kernel`` is red where a kernel is wrong; `test_selftest` runs this with Triton's interpreter."""
+"""``densemixer selftest kernel`` is red where a kernel is wrong; run by `test_selftest`, in Triton's interpreter."""
 
 from __future__ import annotations
 
