@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -88,15 +89,16 @@ def truth(x: Tensor, g: Tensor, stacked: StackedExperts) -> Tensor:
 
 def _activated(z: Tensor, activation: Activation) -> Tensor:
     """What the activation says, by nothing of the core's."""
-    function = {
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
         "silu": lambda z: z * torch.sigmoid(activation.alpha * z),
         "gelu": F.gelu,
         "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
         "relu": F.relu,
         "relu2": lambda z: F.relu(z) ** 2,
-    }[activation.function]
+    }
+    function = functions[activation.function]
     if activation.gate is None:
         return function(z)
-    gate, up = z.chunk(2, -1) if activation.gate == "concatenated" else z.unflatten(-1, (-1, 2)).unbind(-1)
+    gate, up = z.chunk(2, -1) if activation.gate == "concatenated" else (z[..., 0::2], z[..., 1::2])
     limit = activation.limit
     return function(gate.clamp(max=limit)) * (up.clamp(-limit, limit) + activation.offset)
