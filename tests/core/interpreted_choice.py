@@ -46,10 +46,19 @@ def test_it_is_proved_once_for_each_shape(launches: dict[str, list[int]]) -> Non
     assert launches == {"fused kernel": [TRIAL, 37, 37, TRIAL, 37, 37], "all at once": [TRIAL, TRIAL]}
 
 
+def test_the_trial_has_a_tile_that_is_not_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As steps have, and what it tunes for is what they look for."""
+    monkeypatch.setattr(trial, "_FEWEST", 256)
+    monkeypatch.setattr(trial, "_MOST", 4096)
+    tried = {trial.trial_tokens(tokens) for tokens in range(1, 9000)}
+    assert tried == {trial.trial_tokens(tokens) for tokens in tried} == {251, 507, 1019, 2043, 4091}
+    assert all(tokens % rows for tokens in tried for rows in (8, 64, 128))
+
+
 def test_it_is_proved_for_each_size_of_step(monkeypatch: pytest.MonkeyPatch, be_fastest: Callable[[str], None]) -> None:
     """A step of few tokens may be faster in another way than one of many."""
     monkeypatch.setattr(trial, "_MOST", 32)
-    assert [trial.trial_tokens(tokens) for tokens in (1, 16, 17, 32, 33, 5000)] == [16, 16, 32, 32, 32, 32]
+    assert [trial.trial_tokens(tokens) for tokens in (1, 11, 12, 27, 28, 5000)] == [11, 11, 27, 27, 27, 27]
     seen = []
     for tokens, way in ((37, "all at once"), (3, "fused kernel"), (30, "one by one"), (16, "one by one")):
         be_fastest(way)

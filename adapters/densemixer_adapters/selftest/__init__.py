@@ -2,7 +2,9 @@
 
 - ``reference``: the gradient, dense and in any dtype; float64 is the truth.
 - ``gradients``: a layer of transformers against it, for each implementation of its experts; torch.compile.
-- ``products``: the core's inner products, exact and by a budget, and the fused kernel.
+- ``samples``: random experts, and their inner products in float64.
+- ``products``: the core's inner products, exact and by a budget.
+- ``kernels``: the other ways to these, on a GPU.
 - ``spread``: experts on two processes.
 - ``speed``: time and memory of a step.
 """

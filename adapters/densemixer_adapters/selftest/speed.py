@@ -11,7 +11,7 @@ import torch
 
 from densemixer_adapters.selftest.gradients import step, tiny_model, tokens
 from densemixer_adapters.selftest.outcome import Outcome
-from densemixer_adapters.selftest.products import SILU
+from densemixer_adapters.selftest.samples import SILU
 from densemixer_adapters.transformers import apply_densemixer
 from densemixer_core import DenseMixerConfig, ExpertLayout, ExpertWeights, StackedExperts
 from densemixer_core.kernel import INTERPRETED

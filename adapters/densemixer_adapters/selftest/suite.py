@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from densemixer_adapters.selftest import gradients, products, speed, spread
+from densemixer_adapters.selftest import gradients, kernels, products, speed, spread
 from densemixer_adapters.selftest.outcome import Outcome
 
 CHECKS: dict[str, Callable[[str], Iterator[Outcome]]] = {
     "products": products.check_products,
-    "kernel": products.check_kernel,
+    "kernel": kernels.check_kernel,
     "gradients": gradients.check_gradients,
     "compile": gradients.check_compile,
     "expert parallelism": spread.check_spread,
