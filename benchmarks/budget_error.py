@@ -50,7 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("make bench-budget", description=__doc__.split("\n")[0])
     parser.add_argument("--budgets", nargs="+", type=float, default=[1 / 8, 1 / 16, 1 / 32, 1 / 64])
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens of a step")
-    parser.add_argument("--train", type=int, default=120, help="steps of training of both models")
+    parser.add_argument("--train", type=int, default=120, help="steps of training of each model")
     parser.add_argument("--seeds", type=int, default=24, help="draws of each budget")
     arguments = parser.parse_args()
     console = Console(width=120)

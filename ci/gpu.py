@@ -24,11 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))  # PYTHONSAFEPATH=1 leaves it out
 from gpu_parts import PARTS, Part
-from gpu_processes import adopt_orphans, children, end_all_but, interrupt_on_signals
+from gpu_processes import Interruption, adopt_orphans, children, end_all_but
 
 ROOT = Path(__file__).parents[1].resolve()
 CUT = "cut short"
 FAILED = ("failed", "ended", CUT)
+interruption = Interruption()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "gpu")
     options = parser.parse_args()
     adopt_orphans()
-    interrupt_on_signals()
+    interruption.listen()
     machine = "CPU, dry run" if options.dry_run else gpu()
     output: Path = options.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -67,11 +68,11 @@ def main() -> None:
             print(f"{part.name}: {part.why} (at most {part.limit} s)", flush=True)
             outcomes.append(run(part, output, options.dry_run))
             append(outcomes[-1], machine, output / "parts.csv")
-            if outcomes[-1].state == CUT:
+            if interruption.name:
                 break
     finally:
         print(table(outcomes))
-    sys.exit(any(outcome.state in FAILED for outcome in outcomes))
+    sys.exit(bool(interruption.name) or any(outcome.state in FAILED for outcome in outcomes))
 
 
 def gpu() -> str:
@@ -101,9 +102,10 @@ def run(part: Part, output: Path, dry: bool) -> Outcome:
     start = time.monotonic()
     before = children()
     try:
-        state, found = finish(command, environment(dry, part.kernels), log, part.limit)
-    except KeyboardInterrupt as cut:
-        state, found = CUT, f"by {cut}, see {log.name}"
+        with interruption.awaited():
+            state, found = finish(command, environment(dry, part.kernels), log, part.limit)
+    except KeyboardInterrupt:
+        state, found = CUT, f"by {interruption.name}, see {log.name}"
     finally:
         end_all_but(before)
     return Outcome(part.name, state, time.monotonic() - start, found)

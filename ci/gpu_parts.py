@@ -14,8 +14,8 @@ class Part:
         command: What follows the Python interpreter. ``OUT`` in it stands for the folder of results.
         limit: Seconds, after which it is ended.
         why: What it shows.
-        needs: Modules that it needs besides torch, Triton and transformers, with those that packages need which require
-            torch: they are installed without what they require where torch is the machine's own.
+        needs: Modules that it needs besides torch, Triton and transformers. A package that requires torch is installed
+            without what it requires, so that is named too.
         dry: What follows the Python interpreter in a dry run; None where that would be what `make test` runs anyway.
         kernels: Whether the dry run has kernels, in Triton's interpreter, which is slow.
     """

@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36  # of <linux/prctl.h>
@@ -42,17 +42,35 @@ def end_all_but(kept: Set[int]) -> None:
                 os.waitpid(process, 0)
 
 
-def interrupt_on_signals() -> None:
-    """The first signal that ends this process raises KeyboardInterrupt with its name; no other disturbs what follows.
+class Interruption:
+    """The first signal that is to end this process. It is kept, and interrupts nothing but what waits for it.
 
-    One that is ignored already, as under nohup, stays so.
+    Attributes:
+        name: The signal's, once it has come.
     """
 
-    def interrupt(number: int, _: object) -> None:
-        for each in SIGNALS:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(signal.Signals(number).name)
+    def __init__(self) -> None:
+        self.name = ""
+        self._awaited = False
 
-    for each in SIGNALS:
-        if signal.getsignal(each) is not signal.SIG_IGN:
-            signal.signal(each, interrupt)
+    def listen(self) -> None:
+        """From now on. A signal that is ignored already, as under nohup, stays so."""
+        for each in SIGNALS:
+            if signal.getsignal(each) is not signal.SIG_IGN:
+                signal.signal(each, self._arrives)
+
+    def _arrives(self, number: int, _: object) -> None:
+        first, self.name = not self.name, self.name or signal.Signals(number).name
+        if first and self._awaited:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def awaited(self) -> Iterator[None]:
+        """Within, it raises KeyboardInterrupt, be it that it has come before."""
+        self._awaited = True
+        try:
+            if self.name:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._awaited = False

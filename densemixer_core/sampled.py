@@ -37,6 +37,9 @@ def stacked_dots(
         known: What is known of the pairs, for a budget below 1.
         selected: How many experts a token goes through.
         config: The options.
+
+    Returns:
+        [tokens, experts], float32 or float64.
     """
     bound = config.workspace_mb << 20
     if known is None:
@@ -80,8 +83,7 @@ def sampled_dots(
     if count == 0:
         return dots.t()
     evaluator = _Evaluator(x, g, experts, dots.dtype, workspace_bytes)
-    # In float64, since squares in float32 leave its range where what they are of doesn't.
-    norm = torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64).to(dots.dtype)
+    norm = evaluator.gradient_norms()
     importance = _importance(known.sensitivity[:, :stacked], norm)
     # Of what doesn't depend on the pilot: on a GPU its sums differ in their rounding from run to run.
     offset, next_offset = offsets(importance, seed)
@@ -93,7 +95,7 @@ def sampled_dots(
         importance = importance * typical_size(rest, pilot.pairs, len(x)).to(importance.dtype)
         importance.t().view(-1).index_fill_(0, pilot.pairs.place, 0.0)
     else:
-        # An expert whose scale is zero is never drawn, and known.
+        # Pairs of an expert whose scale is zero are never drawn: what is known of them must be exact.
         dots[:stacked] = known.prior * along * (evaluator.scale != 0).unsqueeze(1)
         importance = importance * evaluator.scale.abs().to(importance.dtype)
     pairs = draw_pairs(importance, count - pilots, next_offset)
@@ -128,6 +130,12 @@ class _Evaluator:
         self.scale = down.new_ones(len(down), dtype=accumulate) if scale is None else scale.to(accumulate)
         row = temporary_bytes(oriented(experts), x.dtype) + 2 * x.shape[1] * x.element_size()
         self._rows = max(1, workspace_bytes // row)
+
+    def gradient_norms(self) -> Tensor:
+        """‖g‖ of each token. In float64: squares leave the range of float32 where what they are of doesn't."""
+        parts = torch.split(self._g, self._rows)
+        norms = [torch.linalg.vector_norm(part, dim=-1, dtype=torch.float64) for part in parts]
+        return torch.cat(norms).to(self.scale.dtype)
 
     def dots(self, pairs: Pairs) -> Tensor:
         """⟨g, E_j(x)⟩ of each pair, [pairs]."""

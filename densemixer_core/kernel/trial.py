@@ -5,16 +5,14 @@ from __future__ import annotations
 from densemixer_core.kernel import INTERPRETED
 
 _FEWEST, _MOST = (16, 16) if INTERPRETED else (256, 4096)
-
-
 _SHORT = 5
-"""By so many the last tile isn't full: steps seldom have a multiple of a tile."""
+"""By so many the last tile isn't full, so that this is tried too."""
 
 
 def trial_tokens(tokens: int) -> int:
     """How many tokens the ways are tried with for a step of so many: which is fastest depends on their number.
 
-    A few short of a power of two, so that a run has few trials. It is its own trial's number: what is tuned there is
-    what the step looks for.
+    A few short of a power of two, so that a run has few trials. Of such a number it is that number: the kernel, which
+    asks again within a trial, is tuned there for the steps that come.
     """
     return min(_MOST, max(_FEWEST, 1 << (tokens + _SHORT - 1).bit_length())) - _SHORT

@@ -2,8 +2,9 @@
 
 Nobody has measured them on a GPU, so they have to prove themselves on each: at the first backward of layers of one
 shape the fused kernel and the products over all experts at once are compared with the products expert by expert, on
-random tokens. Of those that give the same numbers the fastest is used. This takes the kernel's autotuning, which is
-seconds, some 300 MiB beside the workspace for that time, and synchronises with the device; later calls do none of it.
+random tokens, unless the experts return zeros yet. Of those that give the same numbers the fastest is used. This takes
+the kernel's autotuning, which is seconds, some 300 MiB beside the workspace for that time, and synchronises with the
+device; later calls do none of it.
 """
 
 from __future__ import annotations
@@ -64,15 +65,19 @@ def fastest(candidates: dict[str, Way], like: Tensor) -> str | None:
         like: An input of theirs.
 
     Returns:
-        None if there are no numbers to compare yet: weights that are zero in the beginning, or too large.
+        None while the experts return nothing but zeros, as some do in the beginning: there is nothing to compare.
     """
     tokens, hidden = trial_tokens(len(like)), like.shape[1]
     what = f"experts with {hidden} inputs in {like.dtype} on {like.device}, {tokens} tokens"
     random = torch.Generator(like.device).manual_seed(0)
     x, g = torch.randn(2, tokens, hidden, generator=random, device=like.device, dtype=like.dtype)
     expected = candidates[ONE_BY_ONE](x, g)
-    if not 0 < expected.norm().item() < math.inf:
+    size = expected.norm().item()
+    if size == 0:
         return None
+    if not math.isfinite(size):
+        logger.warning("DenseMixer: %s: the experts' weights give no finite numbers to compare ways with", what)
+        return ONE_BY_ONE
     taken = {}
     for name, way in candidates.items():
         try:

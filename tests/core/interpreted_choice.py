@@ -68,22 +68,35 @@ def test_it_is_proved_for_each_size_of_step(monkeypatch: pytest.MonkeyPatch, be_
     assert seen[1] == seen[2] == seen[3] == ["all at once", "fused kernel"]
 
 
-@pytest.mark.parametrize("weights", ["zero", "too large", "no numbers"])
-def test_weights_that_say_nothing_yet_decide_nothing(
-    weights: str, be_fastest: Callable[[str], None], caplog: pytest.LogCaptureFixture
+def test_experts_that_return_zeros_decide_nothing(
+    be_fastest: Callable[[str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     """As a down projection that starts from zero. A later backward of layers of that shape decides."""
     be_fastest("all at once")
     layer, usual = make(RAGGED), make(RAGGED)
     with torch.no_grad():
-        layer.weights.down[:1] = math.nan
-        if weights != "no numbers":
-            layer.weights.down.fill_(0.0 if weights == "zero" else 1e38)
+        layer.weights.down.zero_()
     both(layer)
     assert not fused._chosen
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     both(usual)
     assert [*fused._chosen.values()] == ["all at once"]
+
+
+@pytest.mark.parametrize("weights", [1e38, math.nan])
+def test_experts_without_finite_numbers_are_computed_one_by_one(
+    weights: float, be_fastest: Callable[[str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once for all, and nothing is said to be wrong with the ways."""
+    be_fastest("all at once")
+    layer = make(RAGGED)
+    with torch.no_grad():
+        layer.weights.down[:1] = weights
+    for _ in range(2):
+        both(layer)
+    assert [*fused._chosen.values()] == ["one by one"]
+    (record,) = (record for record in caplog.records if record.levelno >= logging.WARNING)
+    assert "no finite numbers" in record.message
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_a_token_beyond_float16_leaves_the_draw_to_the_others(estimator: str) ->
 
 
 @pytest.mark.parametrize("count", [8, 120])
-def test_an_expert_whose_scale_is_zero_is_exactly_nothing(count: int) -> None:
+def test_an_expert_whose_scale_is_zero_adds_nothing_on_average(count: int) -> None:
     """With a prior of 1 too, and with a pilot and without: where it is never drawn nothing makes up for the control."""
     layer = Layer(Case(60, experts=16, k=2, scale=True))
     known = Known(torch.ones(60, 16), torch.randn(60, 1, generator=torch.Generator().manual_seed(0)), 1.0)

@@ -89,12 +89,12 @@ class ExpertsCheck:
         self.forget()
         if sample is not None:
             with torch.no_grad(), _disable_current_modes():
-                self._compare(sample, output[sample.rows])
-            self._compared, self._until_check = self._seen, EVERY - 1
+                if self._compare(sample, output[sample.rows]):
+                    self._compared, self._until_check = self._seen, EVERY - 1
         return self._overrides.host("combine_preprocess")(output, *args, **kwargs)
 
-    def _compare(self, sample: _Sample, output: Tensor) -> None:
-        """Raise if the experts return something else than their weights give.
+    def _compare(self, sample: _Sample, output: Tensor) -> bool:
+        """Whether the experts return what their weights give; False where that can't be compared.
 
         Raises:
             OutputMismatchError: The message names the layer, the reason and the fix.
@@ -103,7 +103,7 @@ class ExpertsCheck:
         block, name = self._layer.block, self._layer.name
         experts = read_experts(block, name)
         if not comparable(block, block.experts):
-            return
+            return False
 
         def evaluate(x: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
             return _routed_output(x, index, weights, experts, sample.experts)
@@ -119,6 +119,7 @@ class ExpertsCheck:
                 "configuration. DenseMixer computes with the experts' weights, so the router's gradient would be "
                 "wrong. Undo that, or switch DenseMixer off."
             ) from None
+        return True
 
 
 def _visible(experts: nn.Module) -> list[nn.Module]:

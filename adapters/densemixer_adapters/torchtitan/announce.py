@@ -8,7 +8,7 @@ from densemixer_adapters.transformers.announce import warn
 
 
 class FrozenRouters:
-    """Warns, on the first rank, of layers that have nothing to train. What layers share: a copy of one has its own."""
+    """Warns, on the first rank, of layers that have nothing to train. Shared by the layers of one attach."""
 
     def __init__(self) -> None:
         self._known: set[str] = set()
@@ -23,13 +23,17 @@ class FrozenRouters:
         """
         self._known.update(frozen)
         if frozen:
-            _warn(f"in {len(frozen)} of {count} layers, from {frozen[0]} on")
+            _warn(f"in {len(frozen)} of {count} layers, from {_shown(frozen[0])} on")
 
     def in_a_forward(self, name: str) -> None:
         """Log one warning for all layers, of the first that wasn't frozen before. ``name`` is the layer's."""
         if name not in self._known and not self._warned_later:
             self._warned_later = True
-            _warn(f"first in {name or 'the layer itself'}")
+            _warn(f"first in {_shown(name)}")
+
+
+def _shown(name: str) -> str:
+    return name or "the model itself"
 
 
 def _warn(where: str) -> None:

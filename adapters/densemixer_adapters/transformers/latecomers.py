@@ -1,8 +1,9 @@
 """Mixture-of-Experts layers that come into a model after DenseMixer has been attached to it, and train without it.
 
-Such a layer has no hook of ours, so no forward can tell. torch tells of each module that is put into another one. Its
-hook is for the whole process: it is set once and stays, since to take it away while another thread or the garbage
-collector is at work would break somebody's iteration over such hooks. Without a model to watch it does nothing.
+Such a layer has no hook of ours, so no forward can tell. torch tells of each module that is put into another one, but
+for `ModuleList.insert`. Its hook is for the whole process: it is set once and stays, since to take it away while
+another thread or the garbage collector is at work would break somebody's iteration over such hooks. Without a model to
+watch it does nothing.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ def watch(
     _set_hook()
     key = object()
     _watches[key] = _Watch(weakref.ref(model), is_attached, weakref.WeakMethod(tell))
-    weakref.finalize(model, _watches.pop, key, None)
-    return functools.partial(_watches.pop, key, None)
+    return weakref.finalize(model, _watches.pop, key, None)
 
 
 @functools.cache

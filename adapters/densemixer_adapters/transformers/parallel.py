@@ -37,7 +37,7 @@ def why_not(whole: Any | None, experts: nn.Module) -> tuple[str, str] | None:
     """Why DenseMixer doesn't work with the way in which a layer's experts are spread, and what to do; None if it does.
 
     Args:
-        whole: The model that transformers has distributed, if they are of one.
+        whole: The model that transformers has distributed, if they belong to one.
         experts: The module with the stacked weights.
     """
     # Until 5.23; the weights stay plain tensors that do not say what they are of. PEFT marks sharded ones so, too.
@@ -77,7 +77,7 @@ def sharing_ranks(whole: Any | None) -> int:
     """How many ranks, one after the other, have the same tokens.
 
     Args:
-        whole: The model that transformers has distributed, if it is one.
+        whole: The model that transformers has distributed, or None.
     """
     return 1 if whole is None else int(whole._mesh_manager.get_mesh("tp").size())
 
