@@ -9,7 +9,7 @@ from runs import gradients
 from torch import nn
 
 from densemixer_adapters.transformers import apply_densemixer
-from densemixer_core import straight_through as module_of
+from densemixer_core import sampled_dots as module_of
 
 KINDS = {"reentrant": {"use_reentrant": True}, "non-reentrant": {"use_reentrant": False}}
 

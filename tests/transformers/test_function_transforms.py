@@ -19,7 +19,7 @@ from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
 from densemixer_core import DenseMixerConfig
-from densemixer_core import straight_through as module_of
+from densemixer_core import sampled_dots as module_of
 
 OURS = r"DenseMixer[\s\S]*(remove\(\)|torch\.autograd)"
 """What the messages have in common: who speaks, and what to do."""

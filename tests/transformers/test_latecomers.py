@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +12,9 @@ import torch
 from families import FAMILIES, tokens
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.nn.modules import module as torch_modules
 
-from densemixer_adapters.transformers import apply_densemixer, attached_handle, attached_layers, latecomers
+from densemixer_adapters.transformers import apply_densemixer, attached_handle, attached_layers
+from densemixer_adapters.transformers.checks import EVERY
 from densemixer_core import DenseMixerConfig
 
 KINDS = ["qwen3_moe", "mixtral", "deepseek_v3"]
@@ -37,33 +36,47 @@ def replace_layer(model: Any) -> str:
     return f"model.layers.{len(model.model.layers) - 1}.mlp"
 
 
-def replace_all_layers(model: Any) -> str:
-    model.model.layers = nn.ModuleList([layer_of(model) for _ in model.model.layers])
-    return "model.layers.0.mlp"
-
-
 def append_layer(model: Any) -> str:
     model.model.layers.append(layer_of(model))
     return f"model.layers.{len(model.model.layers) - 1}.mlp"
 
 
+def insert_layer(model: Any) -> str:
+    model.model.layers.insert(0, layer_of(model))
+    return "model.layers.0.mlp"
+
+
+def step(model: Any) -> None:
+    model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
+
+
 @pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("change", [replace_block, replace_layer, replace_all_layers, append_layer])
+@pytest.mark.parametrize("change", [replace_block, replace_layer, append_layer, insert_layer])
 def test_one_warning_names_the_first(
     change: Callable[[Any], str], family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model: Any = FAMILIES[family].build("eager")
     handle = apply_densemixer(model)
     name = change(model)
-    change(model)
+    for _ in range(3):
+        step(model)
     (record,) = (record for record in caplog.records if "has come into the model" in record.message)
     assert record.levelno == logging.WARNING
     assert f"{name} (" in record.message
     assert "apply_densemixer again" in record.message
     handle.remove()
-    again = apply_densemixer(model)  # as the warning says
-    assert len(again.layers) == len(FAMILIES[family].blocks(model))
-    again.remove()
+    with apply_densemixer(model) as again:  # as the warning says
+        assert len(again.layers) == len(FAMILIES[family].blocks(model))
+
+
+def test_while_the_model_trains(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = FAMILIES["qwen3_moe"].build("eager")
+    with apply_densemixer(model):
+        step(model)
+        replace_block(model)
+        for _ in range(EVERY + 1):
+            step(model)
+    assert caplog.text.count("has come into the model") == 1
 
 
 def wrap(model: Any) -> None:
@@ -104,21 +117,8 @@ def test_nothing_is_said_of_others(
     model = FAMILIES["qwen3_moe"].build("eager")
     with apply_densemixer(model, DenseMixerConfig(layers=layers)):
         change(model)
+        step(model)
     assert "has come into the model" not in caplog.text
-
-
-def test_there_is_one_hook_and_nothing_to_do_for_it_without_a_model() -> None:
-    gc.collect()
-    before = {*latecomers._watches}
-    model = FAMILIES["qwen3_moe"].build("eager")
-    apply_densemixer(model).remove()
-    assert {*latecomers._watches} == before
-    handle = apply_densemixer(model)
-    assert len(latecomers._watches) == len(before) + 1
-    assert list(torch_modules._global_module_registration_hooks.values()).count(latecomers._arrives) == 1
-    del model, handle
-    gc.collect()
-    assert {*latecomers._watches} == before
 
 
 def test_a_copy_trains_as_before_and_can_be_changed() -> None:
@@ -127,7 +127,7 @@ def test_a_copy_trains_as_before_and_can_be_changed() -> None:
     twin = copy.deepcopy(model)
     replace_block(twin)
     assert len(attached_layers(twin)) == 1
-    twin(input_ids=tokens(), labels=tokens()).loss.backward()
+    step(twin)
     handle = attached_handle(twin)
     assert handle is not None
     handle.remove()

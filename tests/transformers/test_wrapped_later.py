@@ -23,7 +23,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 
 from densemixer_adapters.transformers import apply_densemixer, attached_layers
 from densemixer_core import DenseMixerConfig
-from densemixer_core import straight_through as module_of
+from densemixer_core import sampled_dots as module_of
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "reentrant": partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 import uuid
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 from packaging.version import Version
@@ -31,7 +30,7 @@ from densemixer_adapters.transformers.announce import (
     warn,
 )
 from densemixer_adapters.transformers.find import ROUTER_NAMES, find_blocks, find_layers
-from densemixer_adapters.transformers.latecomers import watch
+from densemixer_adapters.transformers.latecomers import Latecomers
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
 
@@ -204,11 +203,12 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         self._said: set[str] = set()
         for layer in layers:
             layer.attach(self)
-        self._end_watch: Callable[[], object] | None = watch(model, _is_attached, self.warn_of_latecomer)
+        self._latecomers: Latecomers | None = Latecomers(model, _is_attached)
+        self._until_look = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles. Nobody holds that handle, so it gives way."""
-        return {**vars(self), "_model": None, "_end_watch": None, "gives_way": True}
+        return {**vars(self), "_model": None, "_latecomers": None, "gives_way": True}
 
     def warn_of_frozen_routers(self) -> None:
         """Log one warning for all layers whose router is frozen now, but once for each."""
@@ -236,9 +236,15 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         """Log one warning that a layer's experts were written to between its forward and its backward."""
         self._warn_once(CHANGED_EXPERTS, name)
 
-    def warn_of_latecomer(self, name: str) -> None:
-        """Log one warning of the first layer that comes into the model without DenseMixer."""
-        self._warn_once(LATECOMER, name)
+    def warn_of_latecomers(self) -> None:
+        """Log one warning of a layer that has come into the model since. Looks in one of so many calls as layers."""
+        if self._until_look:
+            self._until_look -= 1
+            return
+        self._until_look = len(self.layers) - 1
+        name = None if self._latecomers is None else self._latecomers.first()
+        if name is not None:
+            self._warn_once(LATECOMER, name)
 
     def _warn_once(self, text: str, name: str = "") -> None:
         if text not in self._said:
@@ -248,8 +254,6 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
         super().remove()
-        if self._end_watch is not None:
-            self._end_watch()
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
             handle = _handle_of(layer)

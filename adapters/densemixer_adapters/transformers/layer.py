@@ -48,6 +48,8 @@ class Attachment(Protocol):
 
     def warn_of_changed_experts(self, name: str) -> None: ...
 
+    def warn_of_latecomers(self) -> None: ...
+
 
 class DenseMixerLayer(HostLayer):
     """One Mixture-of-Experts layer. Its block owns it, by its hooks: a copied block has a layer of its own.
@@ -131,6 +133,8 @@ class DenseMixerLayer(HostLayer):
             refuse_forward(self.name, call)
             calls.attach(call.router, call.hooked)
             self._checks.plan(call)
+            if call.checks:
+                self.handle.warn_of_latecomers()
         calls.begin(call)
 
     def _trains(self, block: nn.Module) -> bool:
