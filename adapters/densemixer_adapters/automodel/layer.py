@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.automodel.experts import read_experts
 from densemixer_adapters.transformers.announce import UNREAD_METRICS, warn
-from densemixer_adapters.transformers.checks import EVERY, TOKENS, OutputMismatchError, check_output
+from densemixer_adapters.transformers.checks import TOKENS, OutputMismatchError, Recurring, check_output
 from densemixer_core import (
     Activation,
     DenseMixerConfig,
@@ -67,7 +67,7 @@ class AutomodelLayer:
         self._said = said
         self._hooks: list[RemovableHandle] = []
         self._logits: Tensor | None = None  # between the gate and the experts of a training forward
-        self._until_check = 0
+        self._recurring = Recurring()
 
     @property
     def router_is_frozen(self) -> bool:
@@ -144,12 +144,11 @@ class AutomodelLayer:
             return None
         x, mask, weights, index = args
         scores = router_scores(logits, self.score)
-        if self._until_check <= 0:
+        if self._recurring.due():
             # Out of sight of who records operations, as selective checkpointing, whose recomputation comes without.
             with torch.no_grad(), _disable_current_modes():
                 self._check(logits, scores, x, mask, weights, index, output)
-            self._until_check = EVERY
-        self._until_check -= 1
+            self._recurring.made()
         return straight_through(
             output,
             scores,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from densemixer_adapters.megatron.experts import read_experts
 from densemixer_adapters.megatron.host_layer import HostLayer
 from densemixer_adapters.megatron.overrides import Overrides
-from densemixer_adapters.transformers.checks import EVERY, OutputMismatchError, check_output, comparable, signature
+from densemixer_adapters.transformers.checks import OutputMismatchError, Recurring, check_output, comparable, signature
 from densemixer_core import StackedExperts, compute_dtype, routed_output
 
 OVERRIDDEN = ("dispatch_postprocess", "combine_preprocess")
@@ -55,7 +56,7 @@ class ExpertsCheck:
         self._overrides = Overrides(dict.fromkeys(OVERRIDDEN, layer.block.token_dispatcher))
         self._seen: tuple[Any, ...] = ()
         self._compared: tuple[Any, ...] | None = None
-        self._until_check = 0
+        self._recurring = Recurring()
         self._due = False
         self._sample: _Sample | None = None
 
@@ -70,8 +71,8 @@ class ExpertsCheck:
     def begin(self) -> None:
         """Tokens will be handed out whose router is trained through all experts."""
         self._seen = signature(*_visible(self._layer.block.experts))
-        self._due = self._seen != self._compared or self._until_check <= 0
-        self._until_check -= 1
+        due = self._recurring.due()
+        self._due = due or self._seen != self._compared
 
     def forget(self) -> None:
         self._due, self._sample = False, None
@@ -90,7 +91,8 @@ class ExpertsCheck:
         if sample is not None:
             with torch.no_grad(), _disable_current_modes():
                 if self._compare(sample, output[sample.rows]):
-                    self._compared, self._until_check = self._seen, EVERY - 1
+                    self._compared = self._seen
+                    self._recurring.made()
         return self._overrides.host("combine_preprocess")(output, *args, **kwargs)
 
     def _compare(self, sample: _Sample, output: Tensor) -> bool:
@@ -138,7 +140,7 @@ def _sample(x: Tensor, counts: Tensor, weights: Tensor) -> _Sample | None:
         weights: Those of the tokens.
     """
     numbers = torch.as_tensor(counts).tolist()
-    ends = torch.tensor(numbers).cumsum(0).tolist()
+    ends = list(itertools.accumulate(numbers))
     experts = [expert for expert, count in enumerate(numbers) if count]
     if not experts:
         return None

@@ -26,7 +26,7 @@ from densemixer_adapters.megatron.running import Running, selection
 from densemixer_adapters.megatron.shared_experts import shared_experts_apart
 from densemixer_adapters.metrics.layer_meter import LayerMeter
 from densemixer_adapters.observer import Forward, Observer, PairsLeftOut
-from densemixer_adapters.transformers.checks import EVERY
+from densemixer_adapters.transformers.checks import Recurring
 from densemixer_core import DenseMixerConfig, Known, router_scores, straight_through
 
 OVERRIDDEN = ("routing", "dispatch_preprocess", "combine_postprocess")
@@ -65,7 +65,7 @@ class MegatronLayer(HostLayer):
         self._overrides = Overrides(dict(zip(OVERRIDDEN, owners, strict=True)) | observed)
         self._overriding = (*OVERRIDDEN, *observed)
         self._block_checked = False
-        self._until_check = 0
+        self._scores_check = Recurring()
         self._experts_check = ExpertsCheck(self)
         self._leaving: list[RemovableHandle] = []
         self._router_input: Tensor | None = None
@@ -149,13 +149,12 @@ class MegatronLayer(HostLayer):
         return True
 
     def _scores(self, logits: Tensor, index: Tensor, weights: Tensor) -> Tensor | None:
-        """Those of all experts; compared with what Megatron made of the logits, now and then: see `EVERY`."""
+        """Those of all experts; compared with what Megatron made of the logits, now and then."""
         if self.config.estimator == "conventional":
             return None
         scores = router_scores(logits.reshape(-1, logits.shape[-1]), self.score)
-        if self._until_check <= 0 and check_scores(self, scores, index, weights):
-            self._until_check = EVERY
-        self._until_check -= 1
+        if self._scores_check.due() and check_scores(self, scores, index, weights):
+            self._scores_check.made()
         return scores
 
     def _dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> Any:

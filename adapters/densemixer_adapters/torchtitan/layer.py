@@ -21,7 +21,7 @@ from densemixer_adapters.expert_parallel import Spread
 from densemixer_adapters.torchtitan import experts as weights_of
 from densemixer_adapters.torchtitan.announce import FrozenRouters
 from densemixer_adapters.torchtitan.refuse import refuse_capture, refuse_compiling
-from densemixer_adapters.transformers.checks import EVERY, TOKENS, OutputMismatchError, check_output
+from densemixer_adapters.transformers.checks import TOKENS, OutputMismatchError, Recurring, check_output
 from densemixer_core import (
     DenseMixerConfig,
     Known,
@@ -59,7 +59,7 @@ class TorchtitanLayer:
         self._scores: Tensor | None = None
         self._routed: tuple[Tensor, Tensor] | None = None
         self._checked = False
-        self._until_comparison = 0
+        self._comparison = Recurring()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -139,12 +139,11 @@ class TorchtitanLayer:
         weights, index = routed
         if not self._checked:
             self._check(scores, index, weights)
-        if self._until_comparison <= 0:
+        if self._comparison.due():
             # Out of sight of who records operations, as selective checkpointing, whose recomputation comes without.
             with torch.no_grad(), _disable_current_modes():
                 self._compare(y, x, index, weights)
-            self._until_comparison = EVERY
-        self._until_comparison -= 1
+            self._comparison.made()
         return straight_through(
             y,
             scores,

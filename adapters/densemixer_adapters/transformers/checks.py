@@ -26,6 +26,22 @@ experts of `TOKENS` tokens."""
 TOKENS = 4
 
 
+class Recurring:
+    """When a check is due: in a layer's first training forward, and `EVERY` forwards after one in which it was made."""
+
+    def __init__(self) -> None:
+        self._left = 0
+
+    def due(self) -> bool:
+        """To be asked once in each training forward."""
+        self._left -= 1
+        return self._left < 0
+
+    def made(self) -> None:
+        """In this forward."""
+        self._left = EVERY - 1
+
+
 class OutputMismatchError(RuntimeError):
     """A layer's experts return something else than the weighted sum of what their weights compute."""
 

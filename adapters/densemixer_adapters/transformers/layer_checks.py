@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from densemixer_adapters.transformers.calls import Call
 from densemixer_adapters.transformers.checks import (
-    EVERY,
     TOKENS,
     OutputMismatchError,
+    Recurring,
     check_output,
     comparable,
     signature,
@@ -45,8 +45,7 @@ class LayerChecks:
         self._spec = spec
         self.probabilities: bool | None = None
         self._signature: tuple[Any, ...] | None = None
-        self._until_check = 0
-        self._until_comparison = 0
+        self._check, self._comparison = Recurring(), Recurring()
 
     def plan(self, call: Call) -> None:
         """Decide whether this forward is looked at. By what it is made of, now that our own hooks are in place."""
@@ -55,11 +54,12 @@ class LayerChecks:
             self._spec.is_renormalised([router, call.block]),
             *signature(call.block, call.router, router, call.experts, *call.inner),
         )
-        call.checks = call.signature != self._signature or self._until_check <= 0
-        self._until_check -= 1
+        due = self._check.due()
+        call.checks = due or call.signature != self._signature
         # Where the experts are spread over ranks, all of them compare in the same forwards, whatever each has found.
-        call.compares = self._until_comparison <= 0
-        self._until_comparison = EVERY - 1 if call.compares else self._until_comparison - 1
+        call.compares = self._comparison.due()
+        if call.compares:
+            self._comparison.made()
 
     def run(self, call: Call, given: ExpertsInput, output: Tensor) -> None:
         """Compare what is declared with what the layer did, if this forward is to be looked at.
@@ -88,7 +88,8 @@ class LayerChecks:
         if stacked is not None and (call.checks if call.spread is None else call.compares):
             self._check_output(call, stacked, given, output)
         if told:
-            self._signature, self._until_check = call.signature, EVERY - 1
+            self._signature = call.signature
+            self._check.made()
 
     def _check_routing(self, call: Call, raw: Tensor, given: ExpertsInput) -> bool:
         """Whether any token has said something."""
