@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,8 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 from densemixer_adapters.transformers import UnsupportedModelError, apply_densemixer
-from densemixer_core import DenseMixerConfig
-from densemixer_core import sampled_dots as module_of
+from densemixer_core import DenseMixerConfig, sampled
 
 OURS = r"DenseMixer[\s\S]*(remove\(\)|torch\.autograd)"
 """What the messages have in common: who speaks, and what to do."""
@@ -153,11 +151,11 @@ def test_other_parameters_for_a_call(family: str, estimator: str) -> None:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The extra passes that ran."""
-    module, found = sys.modules[module_of.__module__], []
+    found: list[str] = []
     for name in ("expert_dots", "sampled_dots"):
-        evaluate = getattr(module, name)
+        evaluate = getattr(sampled, name)
         monkeypatch.setattr(
-            module, name, lambda *args, name=name, evaluate=evaluate: found.append(name) or evaluate(*args)
+            sampled, name, lambda *args, name=name, evaluate=evaluate: found.append(name) or evaluate(*args)
         )
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 
@@ -22,8 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 )
 
 from densemixer_adapters.transformers import apply_densemixer, attached_layers
-from densemixer_core import DenseMixerConfig
-from densemixer_core import sampled_dots as module_of
+from densemixer_core import DenseMixerConfig, sampled
 
 WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "reentrant": partial(checkpoint_wrapper, checkpoint_impl=CheckpointImpl.REENTRANT),
@@ -123,9 +121,8 @@ def test_with_adapters_on_experts(place: str, wrapper: str, when: str, estimator
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("place", PLACES)
 def test_the_extra_pass_runs_once_a_layer(place: str, wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules[module_of.__module__]
-    passes, evaluate = [], module.expert_dots
-    monkeypatch.setattr(module, "expert_dots", lambda *args: passes.append(1) or evaluate(*args))
+    passes, evaluate = [], sampled.expert_dots
+    monkeypatch.setattr(sampled, "expert_dots", lambda *args: passes.append(1) or evaluate(*args))
     of = FAMILIES["qwen3_moe"]
     model = of.build()
     with apply_densemixer(model) as handle:
