@@ -110,7 +110,7 @@ class DenseMixerPlugin(BasePlugin):  # type: ignore[misc]  # skipped
         logger.info(f"{describe(trainer.model, handle.layers)}.")
         if fix := fix_of_frozen_routers(cfg):
             handle.frozen_routers.fix = fix
-        handle.warn_of_frozen_routers()
+        handle.frozen_routers.warn()
 
 
 def options(cfg: Any) -> DenseMixerConfig | None:

@@ -186,7 +186,7 @@ def attach(model: nn.Module, settings: Settings) -> None:
     except ValueError as error:
         raise ValueError(f"environment variable {ENVIRONMENT_PREFIX}LAYERS: {error}") from None
     announce(describe(model, handle.layers))
-    handle.warn_of_frozen_routers()
+    handle.frozen_routers.warn()
     handle.gives_way = True
     if is_deepspeed_zero3_enabled():
         mark_leaf_modules(handle)

@@ -206,7 +206,7 @@ def _warn_of_frozen_routers(handle: DenseMixerHandle, fix: str | None) -> None:
     It is no error, even if all are frozen: LoRA on attention alone is training as without DenseMixer.
     """
     handle.frozen_routers.fix = f"In the YAML, set {fix}." if fix else None
-    handle.warn_of_frozen_routers()
+    handle.frozen_routers.warn()
 
 
 def _fix(handle: DenseMixerHandle, arguments: Any) -> str | None:

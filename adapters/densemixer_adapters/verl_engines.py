@@ -123,7 +123,7 @@ def announced(engine: Any, model: Any, fix: str) -> DenseMixerHandle | None:
     handle.frozen_routers.fix = fix
     if wanted(engine) and engine.rank == 0:  # verl prints what it builds; its log level hides what isn't a warning
         print(describe(model, handle.layers))
-    handle.warn_of_frozen_routers()
+    handle.frozen_routers.warn()
     return handle
 
 

@@ -123,13 +123,26 @@ def test_a_frozen_gate_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     for block in blocks:
         block.gate.weight.requires_grad_(False)
     apply_densemixer(blocks)
-    (record,) = caplog.records
-    assert "nothing to train where the router is frozen: 0.gate and 1 more" in record.getMessage()
     plain = build("softmax")
     run(plain)
     layer = Layer(blocks[0], plain.config, plain.truth)
     run(layer)
     assert torch.equal(layer.moe.experts.down_projs.grad, plain.moe.experts.down_projs.grad)
+    (record,) = caplog.records
+    assert "in 2 of 2 layers, whose routers are frozen (0.gate and 1 more)" in record.getMessage()
+
+
+def test_gates_that_are_frozen_later_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    layers = [build("softmax") for _ in range(3)]
+    layers[0].moe.gate.weight.requires_grad_(False)
+    apply_densemixer(torch.nn.ModuleList([layer.moe for layer in layers]))
+    for layer in layers[1:]:
+        layer.moe.gate.weight.requires_grad_(False)
+    for layer in layers:
+        run(layer)
+    messages = [record.getMessage() for record in caplog.records]
+    assert ["(0.gate)" in messages[0], "(1.gate and 1 more)" in messages[1]] == [True, True]
+    assert len(messages) == 2
 
 
 def test_metrics_that_nobody_reads_are_one_warning(caplog: pytest.LogCaptureFixture) -> None:

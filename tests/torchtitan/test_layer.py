@@ -126,7 +126,7 @@ def test_a_router_that_is_frozen_later_is_warned_of_once(caplog: pytest.LogCaptu
         for layer in (moe, other, moe):
             train(layer, x, g)
     (warning,) = [record.getMessage() for record in caplog.records if "frozen" in record.getMessage()]
-    assert "where routers are frozen, first in 0: such a layer trains as without" in warning
+    assert "in 2 of 2 layers, whose routers are frozen (0.router and 1 more): such a layer trains as without" in warning
     assert "a LoRA converter" in warning
 
 
@@ -136,10 +136,10 @@ def test_routers_that_were_frozen_already_are_warned_of_once(caplog: pytest.LogC
     with apply_densemixer(torch.nn.ModuleList([other, frozen])):
         train(frozen, x, g)
         (warning,) = [record.getMessage() for record in caplog.records if "frozen" in record.getMessage()]
-        assert "in 1 of 2 layers, from 1 on" in warning
+        assert "in 1 of 2 layers, whose routers are frozen (1.router)" in warning
         other.router.requires_grad_(False)
         train(other, x, g)
-    assert "first in 0" in caplog.records[-1].getMessage()
+    assert "in 2 of 2 layers, whose routers are frozen (0.router)" in caplog.records[-1].getMessage()
 
 
 def test_conventional_training_needs_no_router(caplog: pytest.LogCaptureFixture) -> None:

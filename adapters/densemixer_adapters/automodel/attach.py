@@ -9,13 +9,16 @@ from torch import nn
 
 from densemixer_adapters import transformers
 from densemixer_adapters.automodel.experts import activation
-from densemixer_adapters.automodel.layer import AutomodelLayer, frozen_routers
+from densemixer_adapters.automodel.layer import AutomodelLayer
 from densemixer_adapters.automodel.refuse import refuse_block, refuse_model
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
-from densemixer_adapters.transformers.announce import announce, warn
+from densemixer_adapters.transformers.announce import UNREAD_METRICS, announce, warn
+from densemixer_adapters.transformers.frozen_routers import FrozenRouters
 from densemixer_core import DenseMixerConfig
+
+_FIX = "LoRA freezes routers, and so may freeze_config; leave `gate` out of what is frozen."
 
 
 def apply_densemixer(
@@ -56,8 +59,9 @@ def apply_densemixer(
         refuse_block(name, block)
     handle = AutomodelHandle(chosen, config)
     announce(f"DenseMixer is attached to {len(chosen)} of {len(blocks)} layers of {type(model).__name__}: {config}")
-    if frozen := [layer for layer in handle.layers if layer.router_is_frozen]:
-        warn(frozen_routers(frozen))
+    if config.metrics:
+        warn(UNREAD_METRICS)
+    handle.frozen_routers.warn()
     return handle
 
 
@@ -77,15 +81,20 @@ def attached_layer(block: nn.Module) -> AutomodelLayer | None:
 
 
 class AutomodelHandle(Handle[AutomodelLayer]):
-    """What `apply_densemixer` attached."""
+    """What `apply_densemixer` attached.
+
+    Attributes:
+        layers: The layers, in the model's order.
+        frozen_routers: What warns of them.
+    """
 
     def __init__(self, blocks: list[tuple[str, Any]], config: DenseMixerConfig) -> None:
-        said: set[str] = set()
         layers = []
         for name, block in blocks:
             formula = activation(block.experts.config)
             assert formula is not None  # or it would have been refused
-            layers.append(AutomodelLayer(name, block, config, formula, said))
+            layers.append(AutomodelLayer(name, block, config, formula))
         super().__init__(layers)
+        self.frozen_routers = FrozenRouters(layers, _FIX)
         for layer in layers:
-            layer.attach()
+            layer.attach(self.frozen_routers)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.automodel.experts import read_experts
-from densemixer_adapters.transformers.announce import UNREAD_METRICS, warn
 from densemixer_adapters.transformers.checks import TOKENS, OutputMismatchError, Recurring, check_output
+from densemixer_adapters.transformers.frozen_routers import FrozenRouters
 from densemixer_core import (
     Activation,
     DenseMixerConfig,
@@ -53,18 +53,19 @@ class AutomodelLayer:
         name: The block's name in the model, e.g. ``model.layers.0.mlp``.
         block: The ``MoE``.
         config: The options.
+        router_name: The gate's name in the model.
 
     Args:
         formula: What its experts' activation computes.
-        said: What the user has been told of all layers, and needn't be told again.
     """
 
-    def __init__(self, name: str, block: Any, config: DenseMixerConfig, formula: Activation, said: set[str]) -> None:
+    def __init__(self, name: str, block: Any, config: DenseMixerConfig, formula: Activation) -> None:
         self.name = name
+        self.router_name = f"{name}.gate" if name else "gate"
         self.block = block
         self.config = config
         self._formula = formula
-        self._said = said
+        self._frozen_routers: FrozenRouters | None = None
         self._hooks: list[RemovableHandle] = []
         self._logits: Tensor | None = None  # between the gate and the experts of a training forward
         self._recurring = Recurring()
@@ -98,7 +99,9 @@ class AutomodelLayer:
         gate = self.block.gate
         return bool(gate.norm_topk_prob and gate.topk > 1)
 
-    def attach(self) -> None:
+    def attach(self, frozen_routers: FrozenRouters) -> None:
+        """Have the gate trained through all experts. ``frozen_routers`` tells of them, for all layers."""
+        self._frozen_routers = frozen_routers
         # First of the hooks, also where FSDP has its own already. Where the experts are an FSDP unit by themselves, its
         # hook must see our output, or the backward would read their weights before FSDP has gathered them; and after
         # its hook on the gate, the gate's weight may be in parts.
@@ -122,12 +125,11 @@ class AutomodelLayer:
         self._logits = None
         if not torch.is_grad_enabled():
             return None
-        if self.config.metrics:
-            self._warn_once("metrics", UNREAD_METRICS)
         if self.config.estimator == "conventional":
             return None
         if self.router_is_frozen:
-            self._warn_once("frozen", frozen_routers([self]))
+            assert self._frozen_routers is not None
+            self._frozen_routers.warn_of(self)
             return None
         # As the gate makes them, which returns but the selected ones: one product, small beside an expert's.
         x = args[0]
@@ -210,11 +212,6 @@ class AutomodelLayer:
                 "has replaced one of these, or changes what the experts return; undo that, or switch DenseMixer off."
             ) from None
 
-    def _warn_once(self, what: str, text: str) -> None:
-        if what not in self._said:
-            self._said.add(what)
-            warn(text)
-
 
 class _Together(torch.autograd.Function):
     """The identity on weights and logits, whose backward comes once the gradients of both are there.
@@ -230,12 +227,3 @@ class _Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weights: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
         return weights, logits
-
-
-def frozen_routers(layers: list[AutomodelLayer]) -> str:
-    """A warning of these, at least one."""
-    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
-    return (
-        f"DenseMixer has nothing to train where the router is frozen: {layers[0].name}.gate{more}. Such a layer trains "
-        "as without DenseMixer. LoRA freezes routers, and so may freeze_config; leave `gate` out of what is frozen."
-    )

@@ -7,7 +7,6 @@ configuration of the optimizers, since these are built when the model has all of
 ``attach``     attaches to a model's layers, and takes off again
 ``layer``      one layer: what is overridden, and what happens in its backward
 ``experts``    where the weights of experts are
-``announce``   what is said of frozen routers
 ``refuse``     what can't be trained this way, and why
 """
 

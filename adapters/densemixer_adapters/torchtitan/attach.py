@@ -10,11 +10,13 @@ from torch import nn
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
-from densemixer_adapters.torchtitan.announce import FrozenRouters
 from densemixer_adapters.torchtitan.layer import TorchtitanLayer, attached_layer
 from densemixer_adapters.torchtitan.refuse import refuse_compiled, refuse_layer
 from densemixer_adapters.transformers.announce import announce
+from densemixer_adapters.transformers.frozen_routers import FrozenRouters
 from densemixer_core import DenseMixerConfig
+
+_FIX = "Call requires_grad_(True) on its router after whatever froze it, e.g. a LoRA converter."
 
 
 def apply_densemixer(
@@ -61,15 +63,15 @@ def apply_densemixer(
                 "attached_handle(model).remove() detaches it."
             )
     selected = {names[position] for position in options.positions(len(names))}
-    frozen_routers = FrozenRouters()
-    layers = [TorchtitanLayer(name, moe, options, frozen_routers) for name, moe in found if name in selected]
+    layers = [TorchtitanLayer(name, moe, options) for name, moe in found if name in selected]
+    frozen_routers = FrozenRouters(layers, _FIX)
     for layer in layers:
-        layer.attach()
+        layer.attach(frozen_routers)
     announce(
         f"DenseMixer is attached to {len(layers)} layers of this rank's part of {type(parts[0]).__name__}: estimator "
         f"{options.estimator}, budget {options.budget:g}"
     )
-    frozen_routers.when_attaching([layer.name for layer in layers if layer.router_is_frozen], len(layers))
+    frozen_routers.warn()
     return TorchtitanHandle(layers)
 
 

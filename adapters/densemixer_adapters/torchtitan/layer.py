@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.expert_parallel import Spread
 from densemixer_adapters.torchtitan import experts as weights_of
-from densemixer_adapters.torchtitan.announce import FrozenRouters
 from densemixer_adapters.torchtitan.refuse import refuse_capture, refuse_compiling
 from densemixer_adapters.transformers.checks import TOKENS, OutputMismatchError, Recurring, check_output
+from densemixer_adapters.transformers.frozen_routers import FrozenRouters
 from densemixer_core import (
     DenseMixerConfig,
     Known,
@@ -44,16 +44,15 @@ class TorchtitanLayer:
         name: Its name in the model.
         block: The ``MoE``.
         config: The options.
-
-    Args:
-        frozen_routers: Who tells of them, for all layers.
+        router_name: The router's name in the model.
     """
 
-    def __init__(self, name: str, block: Any, config: DenseMixerConfig, frozen_routers: FrozenRouters) -> None:
+    def __init__(self, name: str, block: Any, config: DenseMixerConfig) -> None:
         self.name = name
+        self.router_name = f"{name}.router" if name else "router"
         self.block = block
         self.config = config
-        self._frozen_routers = frozen_routers
+        self._frozen_routers: FrozenRouters | None = None
         self._before: dict[str, Any] = {}
         self._hooks: list[RemovableHandle] = []
         self._scores: Tensor | None = None
@@ -73,7 +72,9 @@ class TorchtitanLayer:
         """What torchtitan adds to the sum of the selected scores."""
         return 1e-20 if self.block.router.route_norm else 0.0
 
-    def attach(self) -> None:
+    def attach(self, frozen_routers: FrozenRouters) -> None:
+        """Have the router trained through all experts. ``frozen_routers`` tells of them, for all layers."""
+        self._frozen_routers = frozen_routers
         for name in OVERRIDDEN:
             if name in vars(self._dispatcher):
                 self._before[name] = vars(self._dispatcher)[name]
@@ -117,7 +118,8 @@ class TorchtitanLayer:
         if not torch.is_grad_enabled() or self.config.estimator == "conventional":
             return
         if self.router_is_frozen:
-            self._frozen_routers.in_a_forward(self.name)
+            assert self._frozen_routers is not None
+            self._frozen_routers.warn_of(self)
             return
         if not scores.requires_grad:
             return

@@ -40,10 +40,6 @@ LATECOMER = (
     "DenseMixer: {name} has come into the model after DenseMixer was attached to it, and trains as without DenseMixer. "
     "Change the model first, or call handle.remove() and apply_densemixer again."
 )
-_FIX = (
-    'With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["{router}"]); otherwise call '
-    "requires_grad_(True) on it."
-)
 
 
 def describe(model: Any, layers: Sequence[DenseMixerLayer]) -> str:
@@ -85,39 +81,6 @@ def show_log(level: str | None) -> None:
         logger.addHandler(_LastResort())
     if not any(isinstance(found, _BeforeFilters) for found in logger.filters):
         logger.filters.insert(0, _BeforeFilters())
-
-
-class FrozenRouters:
-    """Warns of layers that have nothing to train.
-
-    Args:
-        layers: The layers to look at.
-
-    Attributes:
-        fix: What to do about it in the framework at hand, with ``{router}`` for the router's name in its layer; None
-            where routers are frozen for a time only, which is no reason to warn.
-    """
-
-    def __init__(self, layers: Sequence[DenseMixerLayer]) -> None:
-        self.layers = layers
-        self.fix: str | None = _FIX
-        self._known: set[str] = set()
-
-    def warn(self) -> None:
-        """Log one warning, on the first rank, for all routers that are frozen now, but once for each."""
-        if self.fix is None:
-            return
-        frozen = [layer.router_name for layer in self.layers if layer.router_is_frozen]
-        new = [name for name in frozen if name not in self._known]
-        if not new:
-            return
-        self._known.update(new)
-        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
-        fix = self.fix.format(router=".".join(new[0].split(".")[-2:]))
-        warn(
-            f"DenseMixer has nothing to train in {len(frozen)} of {len(self.layers)} layers, whose routers are frozen "
-            f"({new[0]}{more}): such a layer trains as without DenseMixer. {fix}"
-        )
 
 
 def _options(config: DenseMixerConfig) -> str:

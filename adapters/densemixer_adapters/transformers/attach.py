@@ -24,12 +24,12 @@ from densemixer_adapters.transformers.announce import (
     LOST_GRADIENT,
     OVERFLOW,
     UNREAD_METRICS,
-    FrozenRouters,
     announce,
     describe,
     warn,
 )
 from densemixer_adapters.transformers.find import ROUTER_NAMES, find_blocks, find_layers
+from densemixer_adapters.transformers.frozen_routers import FrozenRouters
 from densemixer_adapters.transformers.latecomers import Latecomers
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
@@ -44,6 +44,11 @@ OTHERS = {
     ("torchtitan", "MoE"): "torchtitan",
 }
 """Package and class of Mixture-of-Experts layers that another wing of this package is for."""
+
+_FIX = (
+    'With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["{router}"]); otherwise call '
+    "requires_grad_(True) on it."
+)
 
 
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
@@ -71,7 +76,7 @@ def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -
     handle = attach(model, config)
     try:
         announce(describe(model, handle.layers))
-        handle.warn_of_frozen_routers()
+        handle.frozen_routers.warn()
     except BaseException:  # of the program's own logging
         handle.remove()
         raise
@@ -197,7 +202,7 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def __init__(self, model: nn.Module, layers: list[DenseMixerLayer]) -> None:
         super().__init__(layers)
         self.gives_way = False
-        self.frozen_routers = FrozenRouters(layers)
+        self.frozen_routers = FrozenRouters(layers, _FIX)
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._origin = uuid.uuid4().hex  # the same in copies
         self._said: set[str] = set()
@@ -210,9 +215,9 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         """For copies and pickles. Nobody holds that handle, so it gives way."""
         return {**vars(self), "_model": None, "_latecomers": None, "gives_way": True}
 
-    def warn_of_frozen_routers(self) -> None:
-        """Log one warning for all layers whose router is frozen now, but once for each."""
-        self.frozen_routers.warn()
+    def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None:
+        """Log one warning for all layers whose router is frozen now, this one among them, but once for each."""
+        self.frozen_routers.warn_of(layer)
 
     def warn_of_lost_gradient(self, router_name: str) -> None:
         """Log one warning of a router that isn't frozen, and whose output nevertheless has no gradient."""

@@ -38,7 +38,7 @@ from densemixer_core import DenseMixerConfig, ExpertDots, StackedExperts, comput
 class Attachment(Protocol):
     """Who has attached a layer, and is told what the user should know."""
 
-    def warn_of_frozen_routers(self) -> None: ...
+    def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None: ...
 
     def warn_of_lost_gradient(self, router_name: str) -> None: ...
 
@@ -145,7 +145,7 @@ class DenseMixerLayer(HostLayer):
         if self.config.estimator == "conventional" and self.observer is None:
             return False
         if self.is_frozen_in(block):
-            self.handle.warn_of_frozen_routers()
+            self.handle.warn_of_frozen_router(self)
             return False
         return True
 
@@ -202,9 +202,10 @@ class DenseMixerLayer(HostLayer):
         if not output.requires_grad:
             return None
         if not raw.requires_grad:
-            self.handle.warn_of_frozen_routers()
             if any(parameter.requires_grad for parameter in call.router.parameters()):
                 self.handle.warn_of_lost_gradient(self.router_name)
+            else:
+                self.handle.warn_of_frozen_router(self)
             return None
         probabilities = bool(self._checks.probabilities)
         scores = None if stacked is None else spec.scores_of(rows(raw), probabilities)
