@@ -89,12 +89,8 @@ def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
         errors[name] = error_of(outputs[name], outputs[ONE_BY_ONE])
         if not errors[name] <= TOLERANCE[dtype]:  # NaN is wrong, too
             failed[name] = f"is off by {errors[name]:.1e}, where rounding is at most {TOLERANCE[dtype]:.0e}"
-    times: dict[str, list[float]] = {name: [] for name in outputs}
-    for repetition in range(options.repetitions + 2):
-        for name, taken in times.items():
-            elapsed = milliseconds(runs[name], device)
-            if repetition >= 2:  # warm by then
-                taken.append(elapsed)
+    times, stopped = times_of({name: runs[name] for name in outputs}, options.repetitions, device)
+    failed |= stopped
     rate = operations[LARGE] / statistics.median(times.get(LARGE, [math.nan]))
     rows = []
     for name in runs:
@@ -108,6 +104,26 @@ def measure(options: argparse.Namespace, tokens: int, device: str) -> list[Row]:
             )
         rows.append(row)
     return rows
+
+
+def times_of(
+    runs: dict[str, Callable[[], Tensor]], repetitions: int, device: str
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Milliseconds of each repetition, in turns; and why some stopped before the last, which have no times."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    failed = {}
+    for repetition in range(repetitions + 2):
+        for name in list(times):
+            try:
+                elapsed = milliseconds(runs[name], device)
+            except Exception as error:  # memory, for one, that others have taken since
+                traceback.print_exc()
+                failed[name] = reason(error)
+                del times[name]
+                continue
+            if repetition >= 2:  # warm by then
+                times[name].append(elapsed)
+    return times, failed
 
 
 def outputs_of(runs: dict[str, Callable[[], Tensor]]) -> tuple[dict[str, Tensor], dict[str, str]]:
