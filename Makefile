@@ -1,7 +1,7 @@
 PYTHON ?= python3
 NOX := .venv/bin/nox --noxfile ci/noxfile.py
 
-.PHONY: test test-more docs coverage demo experiment gradient-quality bench bench-budget gpu clean
+.PHONY: test test-more docs coverage demo experiment gradient-quality bench bench-large bench-budget gpu clean
 
 test: .venv/bin/nox  ## lint, types and all tests, each framework in its own pinned environment
 	$(NOX)
@@ -29,6 +29,9 @@ gradient-quality: .venv/bin/nox  ## the routers' gradient against the effect of 
 
 bench: .venv/bin/nox  ## time steps on this machine, against conventional training, the original and the floor
 	$(NOX) --session bench -- $(ARGS)
+
+bench-large: .venv/bin/nox  ## time a budget at many tokens, where memory is most of the noise of bench
+	$(NOX) --session bench_large -- $(ARGS)
 
 bench-budget: .venv/bin/nox  ## how exact the extra gradient is at each budget
 	$(NOX) --session bench_budget -- $(ARGS)

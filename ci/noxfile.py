@@ -383,6 +383,14 @@ def bench(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
+def bench_large(session: nox.Session) -> None:
+    """Time steps of a large layer, in turns, in one process that keeps its memory."""
+    install(session, "transformers-5.24.0")
+    install_editable(session)
+    session.run("python", "benchmarks/one_process.py", *session.posargs, env=DEMO)
+
+
+@nox.session(default=False)
 def bench_budget(session: nox.Session) -> None:
     """How exact the extra gradient is at each budget."""
     install(session, "transformers-5.24.0")

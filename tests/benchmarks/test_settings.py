@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from shapes import SHAPES
 from torch.utils.flop_counter import FlopCounterMode
 from worker import Specification, make_step, saved_bytes
-from worker_process import Worker
+from worker_process import HERE, Worker
 
 
 def operations(setting: str, name: str, layers: int) -> int:
@@ -29,6 +30,23 @@ def test_the_floor_counts_what_is_added(name: str, layers: int) -> None:
     shape = SHAPES[name].scaled(16)
     assert exact - conventional == max(1, layers) * shape.extra_operations(64)
     assert budgeted - conventional == pytest.approx(max(1, layers) * shape.extra_operations(64, 0.125), rel=0.01)
+
+
+def test_one_process_keeps_its_memory() -> None:
+    program = (
+        "import sys; sys.argv += ['--scale=16', '--tokens=64', '--rounds=2']\n"
+        "import one_process, resource, torch\n"
+        "one_process.main()\n"
+        "for _ in range(2):\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(1 << 26)\n"
+        "    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    run = [sys.executable, "-c", program]
+    printed = subprocess.run(run, cwd=HERE, capture_output=True, text=True, check=True, timeout=300).stdout
+    *_, medians, taken, again = printed.splitlines()
+    assert medians.startswith("medians: ")
+    assert int(again) < 1000 < int(taken)  # pages
 
 
 def test_saved_bytes() -> None:
