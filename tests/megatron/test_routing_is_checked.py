@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from cases import CASES, SIGMOID, Case
 from checks import truth
 from moe_layer import batch, build, run
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from densemixer_adapters.megatron import apply_densemixer
 from densemixer_adapters.transformers.checks import EVERY
@@ -48,6 +50,26 @@ def test_a_hook_that_scales_all_weights(name: str, estimator: str, when: str) ->
         ours, index = run(layer, x, g)
     layer.config.moe_router_topk_scaling_factor = 0.5 * (layer.config.moe_router_topk_scaling_factor or 1.0)
     exact = truth(layer, x, g, index, estimator, torch.float64)
+    assert oracle.worst_error(ours.router, exact.router) < 1e-5
+
+
+@BOTH
+def test_selective_checkpointing_replays_what_the_host_computed(name: str) -> None:
+    """It replays what it keeps in the order of the first run: nothing of ours may run in one of the two alone."""
+    aten = torch.ops.aten
+    kept = [aten.mul.Tensor, aten.sub.Tensor, aten.abs.default]
+    contexts = functools.partial(create_selective_checkpoint_contexts, kept)
+    layer, (x, g) = build(CASES[name]), batch(CASES[name])
+    inner, y = layer.forward, layer(x)[0].detach()
+
+    def square(x: Tensor) -> tuple[Tensor, None]:
+        z = 1.0 * inner(x)[0]
+        return z * z, None
+
+    layer.forward = lambda x: checkpoint(square, x, use_reentrant=False, context_fn=contexts)
+    with apply_densemixer(layer):
+        ours, index = run(layer, x, g)
+    exact = truth(layer, x, 2 * y * g, index, "densemixer", torch.float64)
     assert oracle.worst_error(ours.router, exact.router) < 1e-5
 
 

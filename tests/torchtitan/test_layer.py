@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 
@@ -11,12 +12,15 @@ pytest.importorskip("torchtitan", reason="needs torchtitan; run `nox -s torchtit
 import oracle
 import torch
 from titan_layer import CASES, EXPERTS, Float64, batch, build, train, truth
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from densemixer_adapters.torchtitan import apply_densemixer, attached_handle
 from densemixer_adapters.torchtitan import experts as weights_of
 from densemixer_core import DenseMixerConfig
 
 NAME = next(iter(CASES))
+aten = torch.ops.aten
+KEPT = [aten.mul.Tensor, aten.sub.Tensor, aten.abs.default, aten.amax.default, aten.gather.default, aten.where.self]
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +59,23 @@ def test_a_budget_is_unbiased(name: str, estimator: str) -> None:
     spread = errors.square().sum((1, 2)).mean().sqrt()
     assert spread / expected.norm() > 0.05  # one draw is no more than an estimate
     assert errors.mean(0).norm() < 2 * spread / len(draws) ** 0.5
+
+
+def test_selective_checkpointing_replays_what_the_host_computed() -> None:
+    """It replays what it keeps in the order of the first run: nothing of ours may run in one of the two alone."""
+    moe, (x, g) = build(CASES[NAME]), batch()
+    contexts = functools.partial(create_selective_checkpoint_contexts, KEPT)
+    inner, y = moe.forward, train(moe, x, g).output
+
+    def square(x: torch.Tensor) -> torch.Tensor:
+        z = 1.0 * inner(x)
+        return z * z
+
+    moe.forward = lambda x: checkpoint(square, x, use_reentrant=False, context_fn=contexts)
+    with apply_densemixer(moe):
+        found = train(moe, x, g)
+    for name, gradient in truth(moe, x, 2 * y * g, found.index, "densemixer").items():
+        assert oracle.worst_error(found.gradients[name], gradient) < 1e-12, name
 
 
 def test_remove_gives_back_everything() -> None:

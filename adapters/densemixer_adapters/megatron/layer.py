@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 from densemixer_adapters.expert_parallel import gathered_dots
@@ -153,8 +154,12 @@ class MegatronLayer(HostLayer):
         if self.config.estimator == "conventional":
             return None
         scores = router_scores(logits.reshape(-1, logits.shape[-1]), self.score)
-        if self._scores_check.due() and check_scores(self, scores, index, weights):
-            self._scores_check.made()
+        if self._scores_check.due():
+            # Out of sight of who records operations, as selective checkpointing, whose recomputation comes without.
+            with torch.no_grad(), _disable_current_modes():
+                told = check_scores(self, scores, index, weights)
+            if told:
+                self._scores_check.made()
         return scores
 
     def _dispatch_preprocess(self, hidden_states: Tensor, routing_map: Tensor, probs: Tensor) -> Any:

@@ -139,13 +139,13 @@ class TorchtitanLayer:
         if scores is None or routed is None:
             return y
         weights, index = routed
-        if not self._checked:
-            self._check(scores, index, weights)
-        if self._comparison.due():
-            # Out of sight of who records operations, as selective checkpointing, whose recomputation comes without.
-            with torch.no_grad(), _disable_current_modes():
+        # Out of sight of who records operations, as selective checkpointing, whose recomputation comes without.
+        with torch.no_grad(), _disable_current_modes():
+            if not self._checked:
+                self._check(scores, index, weights)
+            if self._comparison.due():
                 self._compare(y, x, index, weights)
-            self._comparison.made()
+                self._comparison.made()
         return straight_through(
             y,
             scores,
