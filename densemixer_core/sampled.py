@@ -92,7 +92,7 @@ def sampled_dots(
         pilot = evaluator.pilot(draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset))
         dots[:stacked], rest = fit(pilot, g, norm, along, known.prior)
         dots.view(-1)[pilot.pairs.place] = pilot.dots
-        importance = importance * typical_size(rest, pilot.pairs, len(x)).to(importance.dtype)
+        importance = importance * typical_size(rest, pilot.pairs, len(x))
         importance.t().view(-1).index_fill_(0, pilot.pairs.place, 0.0)
     else:
         # Pairs of an expert whose scale is zero are never drawn: what is known of them must be exact.
