@@ -173,3 +173,23 @@ def test_experts_of_any_size_are_drawn_alike(prior: float, power: int) -> None:
 
     with torch.no_grad():
         torch.testing.assert_close(drawn(2.0 ** round(power / 0.30103)), drawn(1.0))
+
+
+@pytest.mark.parametrize("more", [1, 3, 8])
+def test_weights_that_are_views_of_something_wider(more: int) -> None:
+    """torch's grouped product takes rows only that begin at multiples of 16 bytes."""
+    layer = Layer(Case(40, hidden=16, ffn=8, experts=8, k=2), torch.float32)
+    known = Known(torch.ones(40, 8), torch.ones(40, 1))
+
+    def within(weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weight, weight[..., :more]], -1)[..., : weight.shape[-1]]
+
+    with torch.no_grad():
+        plain, views = (
+            sampled_dots(layer.x, layer.g, known, 80, 3, StackedExperts(weights, layer.layout))
+            for weights in (
+                layer.weights,
+                layer.weights._replace(up=within(layer.weights.up), down=within(layer.weights.down)),
+            )
+        )
+    torch.testing.assert_close(views, plain)
