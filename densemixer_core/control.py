@@ -65,7 +65,7 @@ def fit(pilot: Pilot, g: Tensor, norm: Tensor, along: Tensor, prior: float) -> t
         prior: See `Known`.
 
     Returns:
-        The control, [experts, tokens], and what it leaves of the pilot's inner products over ‖g‖, [pairs].
+        The control, [experts, tokens], and what it leaves of the pilot's inner products over ‖g‖, [pairs], float64.
     """
     (place, factor, ends), dots, sums = pilot
     expert, token, counts = place // len(g), place % len(g), factor > 0
@@ -74,9 +74,9 @@ def fit(pilot: Pilot, g: Tensor, norm: Tensor, along: Tensor, prior: float) -> t
     along_own = along_mean[expert, token]
     along_others = (along_own * size[expert] - dots) / (size[expert] - 1)
 
-    # Without numbers where there is no gradient, or in float16 beyond its range.
+    # Without numbers where there is no gradient, or in float16 beyond its range. In float64: its squares stay in range.
     target, output, own, others = (
-        torch.where(counts, (along / norm[token]).nan_to_num(0.0, 0.0, 0.0), 0.0)
+        torch.where(counts, (along / norm[token]).nan_to_num(0.0, 0.0, 0.0), 0.0).to(torch.float64)
         for along in (dots, along[token], along_own, along_others)
     )
     target = target - prior * output  # the β that are fitted come on top of it
@@ -86,10 +86,11 @@ def fit(pilot: Pilot, g: Tensor, norm: Tensor, along: Tensor, prior: float) -> t
     gamma = _slope(target, apart, _PAIRS_FOR_PRIOR * one_of_mean)
     rest = target - gamma * others
     beta = _slope(rest, output, _PAIRS_FOR_PRIOR * one)
-    above, below = sums.new_zeros(2, len(ends)).index_add_(1, expert, torch.stack([output * rest, output.square()]))
-    more = _PAIRS_FOR_BETA * one + torch.finfo(dots.dtype).tiny
+    products = torch.stack([output * rest, output.square()])
+    above, below = products.new_zeros(2, len(ends)).index_add_(1, expert, products)
+    more = _PAIRS_FOR_BETA * one + torch.finfo(products.dtype).tiny
     betas = (above + more * beta) / (below + more)
-    control = torch.outer(betas + prior, along) + gamma * along_mean
+    control = torch.outer((betas + prior).to(along.dtype), along) + gamma.to(along.dtype) * along_mean
     return control.nan_to_num(0.0, 0.0, 0.0), rest - betas[expert] * output
 
 

@@ -92,7 +92,7 @@ def sampled_dots(
         pilot = evaluator.pilot(draw_pairs(importance / importance.sum(0).clamp(min=1e-30), pilots, offset))
         dots[:stacked], rest = fit(pilot, g, norm, along, known.prior)
         dots.view(-1)[pilot.pairs.place] = pilot.dots
-        importance = importance * typical_size(rest, pilot.pairs, len(x)).to(importance.dtype)
+        importance = importance * typical_size(rest, pilot.pairs, len(x))
         importance.t().view(-1).index_fill_(0, pilot.pairs.place, 0.0)
     else:
         # Pairs of an expert whose scale is zero are never drawn: what is known of them must be exact.
@@ -177,9 +177,14 @@ def _grouped_affine(ends: Tensor, x: Tensor, weight: Matrix, bias: Tensor | None
     return output if bias is None else output + bias
 
 
+def _aligned(tensor: Tensor) -> bool:
+    """Whether torch's grouped product takes it: weights may be views of something larger."""
+    steps = [*tensor.shape[1:], *(stride for stride in tensor.stride() if stride != 1)]
+    return tensor.data_ptr() % 16 == 0 and all(step * tensor.element_size() % 16 == 0 for step in steps)
+
+
 def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    aligned = all(extent * x.element_size() % 16 == 0 for extent in weight.shape[1:])
-    if aligned and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
+    if _aligned(x) and _aligned(weight) and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
         return F.grouped_mm(x, weight, offs=ends)
     groups = torch.split(x, ends.diff(prepend=ends.new_zeros(1)).tolist())
     return torch.cat([group @ matrix for group, matrix in zip(groups, weight, strict=True)])

@@ -80,7 +80,7 @@ def typical_size(size: Tensor, pairs: Pairs, tokens: int) -> Tensor:
     """The root mean square for each expert of what a pilot measured, drawn towards that of all experts by one pair.
 
     Args:
-        size: What was measured, [pairs].
+        size: What was measured, [pairs], float64: its squares leave the range of float32 where it doesn't.
         pairs: The pilot.
         tokens: How many tokens there are.
 

@@ -156,3 +156,40 @@ def test_gradients_of_any_size_are_drawn_alike(count: int, power: int) -> None:
     assert ours.count_nonzero() >= count // 2
     # Other draws, since these follow from the numbers: as large an error, about.
     assert oracle.relative_error(ours / factor, exact.double()) < 3 * oracle.relative_error(usual, exact.double())
+
+
+@pytest.mark.parametrize("power", [-34, -24, 0, 15, 19, 25, 30])
+@pytest.mark.parametrize("prior", [0.0, 1.0])
+def test_experts_of_any_size_are_drawn_alike(prior: float, power: int) -> None:
+    """The squares of what a pilot measures leave the range of float32, where the inner products don't."""
+    layer = Layer(Case(60, experts=16, k=2), torch.float32)
+    along = torch.randn(60, 1, generator=torch.Generator().manual_seed(0))
+
+    def drawn(factor: float) -> torch.Tensor:
+        experts = StackedExperts(layer.weights._replace(down=layer.weights.down * factor), layer.layout)
+        return (
+            sampled_dots(layer.x, layer.g, Known(torch.ones(60, 16), along * factor, prior), 480, 3, experts) / factor
+        )
+
+    with torch.no_grad():
+        torch.testing.assert_close(drawn(2.0 ** round(power / 0.30103)), drawn(1.0))
+
+
+@pytest.mark.parametrize("more", [1, 3, 8])
+def test_weights_that_are_views_of_something_wider(more: int) -> None:
+    """torch's grouped product takes rows only that begin at multiples of 16 bytes."""
+    layer = Layer(Case(40, hidden=16, ffn=8, experts=8, k=2), torch.float32)
+    known = Known(torch.ones(40, 8), torch.ones(40, 1))
+
+    def within(weight: torch.Tensor) -> torch.Tensor:
+        return torch.cat([weight, weight[..., :more]], -1)[..., : weight.shape[-1]]
+
+    with torch.no_grad():
+        plain, views = (
+            sampled_dots(layer.x, layer.g, known, 80, 3, StackedExperts(weights, layer.layout))
+            for weights in (
+                layer.weights,
+                layer.weights._replace(up=within(layer.weights.up), down=within(layer.weights.down)),
+            )
+        )
+    torch.testing.assert_close(views, plain)

@@ -164,3 +164,14 @@ def test_an_old_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.57.6")
     with pytest.raises(UnsupportedModelError, match=r"transformers 5.5.4 and newer, and this is 4.57.6\. pip install"):
         apply_densemixer(model)
+
+
+def test_a_router_in_a_module_of_another_kind(model: Any) -> None:
+    """It has been put there since: the error names it, and what to do."""
+    apply_densemixer(model)
+    block = model.model.layers[1].mlp
+    block.gate = nn.Sequential(block.gate)
+    with pytest.raises(
+        UnsupportedModelError, match=r"model\.layers\.1\.mlp\.gate \(Sequential\).*'norm_topk_prob'.*first"
+    ):
+        loss_of(model)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
 from densemixer_core import Activation, ExpertLayout, recognise
 
@@ -107,10 +108,41 @@ def layout_of(experts: Any) -> ExpertLayout:
     )
 
 
-def formula_of(experts: Any) -> Activation | None:
-    """What the activation of the layout computes. Its parameters have two names in transformers."""
+class KnownFormula:
+    """What the activation of some experts computes, for the fused kernel. Experts may get another activation.
+
+    Attributes:
+        found: That; None if it is unknown.
+    """
+
+    def __init__(self, experts: Any) -> None:
+        self._activation, self.found = _activation_of(experts), _formula_of(experts)
+
+    def of(self, experts: Any) -> Activation | None:
+        """Of the activation that they have now. Compiled code can't look for it: it does without."""
+        activation = _activation_of(experts)
+        if activation != self._activation:
+            if torch.compiler.is_compiling():
+                return None
+            with torch.no_grad(), _disable_current_modes():
+                self._activation, self.found = activation, _formula_of(experts)
+        return self.found
+
+
+def _activation_of(experts: Any) -> tuple[Any, ...]:
+    """What a formula follows from, without what would keep the experts alive: a bound method is made at each access."""
+    gate = getattr(experts, "_apply_gate", None)
+    return getattr(gate, "__func__", gate), getattr(experts, "act_fn", None), *_parameters(experts)
+
+
+def _formula_of(experts: Any) -> Activation | None:
+    return recognise(layout_of(experts).activation, _says(experts, "has_gate"), *_parameters(experts))
+
+
+def _parameters(experts: Any) -> tuple[Any, Any]:
+    """Slope and limit of an activation, which have two names in transformers."""
     alpha, limit = (getattr(experts, f"swiglu_{name}", getattr(experts, name, None)) for name in ("alpha", "limit"))
-    return recognise(layout_of(experts).activation, _says(experts, "has_gate"), alpha, limit)
+    return alpha, limit
 
 
 def _says(experts: Any, trait: str) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from densemixer_adapters.observer import Forward, Observer, PairsLeftOut
 from densemixer_adapters.transformers import calls, veomni
 from densemixer_adapters.transformers.calls import Call
-from densemixer_adapters.transformers.experts import ExpertsInput, formula_of, layout_of, rows, unwrap, weight_names
+from densemixer_adapters.transformers.experts import ExpertsInput, KnownFormula, layout_of, rows, unwrap, weight_names
 from densemixer_adapters.transformers.host_layer import HostLayer
 from densemixer_adapters.transformers.layer_checks import LayerChecks
 from densemixer_adapters.transformers.parallel import local_weights, spread_of
@@ -25,6 +25,7 @@ from densemixer_adapters.transformers.refuse import (
     refuse_adapter_apart,
     refuse_forward,
     refuse_moved_hooks,
+    refuse_other_router,
     refuse_scores,
     refuse_unfollowed,
     refuse_unseen_router,
@@ -32,7 +33,7 @@ from densemixer_adapters.transformers.refuse import (
 )
 from densemixer_adapters.transformers.routers import Router
 from densemixer_adapters.transformers.weights import read_weights
-from densemixer_core import DenseMixerConfig, ExpertDots, StackedExperts, compute_dtype, straight_through
+from densemixer_core import Activation, DenseMixerConfig, ExpertDots, StackedExperts, compute_dtype, straight_through
 
 
 class Attachment(Protocol):
@@ -60,7 +61,6 @@ class DenseMixerLayer(HostLayer):
         sharing: How many ranks have the same tokens, see `parallel.sharing_ranks`.
 
     Attributes:
-        formula: What the experts' activation computes, for the fused kernel; None if that is unknown.
         config, sharing: As given.
         handle: The handle that the layer belongs to; None while it isn't attached.
         observer: Who is told of each training forward, if anybody.
@@ -79,7 +79,7 @@ class DenseMixerLayer(HostLayer):
         self.config = config
         self.sharing = sharing
         self.handle: Attachment | None = None
-        self.formula = formula_of(self.experts)
+        self._formula = KnownFormula(self.experts)
         self._arguments = list(inspect.signature(type(self.experts).forward).parameters)[1:4]
         self._start_afresh()
 
@@ -116,6 +116,11 @@ class DenseMixerLayer(HostLayer):
                     calls.remove_hook(block, key)
         calls.detach(block)
 
+    @property
+    def formula(self) -> Activation | None:
+        """What the experts' activation computes, for the fused kernel; None if that is unknown."""
+        return self._formula.found
+
     # What happens in a forward, in this order.
 
     def _before_block(self, block: nn.Module, args: tuple[Any, ...]) -> None:
@@ -131,6 +136,7 @@ class DenseMixerLayer(HostLayer):
             if self._block is None:
                 self.belong_to(block)
             refuse_forward(self.name, call)
+            refuse_other_router(self.router_name, call, self.spec)
             calls.attach(call.router, call.hooked)
             self._checks.plan(call)
             if call.checks:
@@ -188,7 +194,7 @@ class DenseMixerLayer(HostLayer):
         refuse_scores(self.name, scored, held, spec)
         layout = dataclasses.replace(
             layout_of(experts),
-            formula=self.formula,
+            formula=self._formula.of(experts),
             identities=scored - held if spec.further == "identity" else 0,
             zeros=scored - held if spec.further == "zero" else 0,
         )
