@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import families
 import oracle
 import torch
 import torch.distributed as dist
-from families import FAMILIES, Family, tokens
+from families import Family, tokens
 from runs import loss_of, selections
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -22,7 +23,11 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from densemixer_adapters.transformers import UnsupportedModelError
 
-FAMILY = FAMILIES["qwen3_moe"]
+FAMILY = families.FAMILIES["qwen3_moe"]
+SHALLOW = "qwen3_moe of one layer"
+"""For what takes as long as there are layers: torch traces each of them by itself."""
+_ONE_LAYER = {**FAMILY.options, "num_hidden_layers": 1}
+FAMILIES = {**families.FAMILIES, SHALLOW: dataclasses.replace(FAMILY, options=_ONE_LAYER)}
 TOLERANCE = 1e-5
 STEP = 1024.0  # of SGD: large, so that the weight before it hardly rounds the gradient away
 

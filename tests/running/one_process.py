@@ -16,6 +16,7 @@ from runs import loss_of, selections
 from setting import (
     FAMILIES,
     FAMILY,
+    SHALLOW,
     Result,
     batch,
     build,
@@ -123,7 +124,7 @@ def cells() -> Iterator[tuple[str, Callable[[], Any]]]:
         yield f"autocast float16, GradScaler: {name}", functools.partial(autocast, torch.float16, kind, 1024.0)
     # Fast to compile, as far as torch traces the model; then one case in which code is generated too.
     way, eager = "torch.compile", functools.partial(compiled, "aot_eager")
-    yield f"{way}: plain", eager
+    yield f"{way}: plain", functools.partial(eager, family=SHALLOW)
     yield f"{way}: gpt-oss by layers", functools.partial(eager, family="gpt_oss", regional=True)
     # The backward of grouped_mm on the CPU in transformers 5.5.4 is no full graph.
     whole = functools.partial(compiled, eager_first=True, fullgraph=True, implementation="batched_mm")

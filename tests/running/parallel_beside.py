@@ -47,11 +47,14 @@ def budget(layout: Layout) -> Result:
     """The mean over draws is the exact gradient: how far it is, in some directions, in standard errors."""
     model, draws = load(layout), []
     names = routers(name for name, _ in model.named_parameters())
+    layers = apply_densemixer(model).layers
     for seed in range(40):
+        for layer in layers:  # attached anew, they would check themselves anew
+            layer.config = DenseMixerConfig("centered", budget=0.3, seed=seed)
         model.zero_grad()
-        with apply_densemixer(model, DenseMixerConfig("centered", budget=0.3, seed=seed)):
-            loss_of(model, share(layout)).backward()
-        found = full(gradients_of(model))
+        loss_of(model, share(layout)).backward()
+        gradients = gradients_of(model)
+        found = full({name: gradients[name] for name in names})
         draws.append(torch.cat([found[name].flatten() for name in names]).double())
     if dist.get_rank():
         return UNREPORTED

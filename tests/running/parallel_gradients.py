@@ -13,6 +13,7 @@ import torch.distributed as dist
 from families import FAMILIES
 from runs import loss_of, selections
 from setting import (
+    SHALLOW,
     Gradients,
     Result,
     batch,
@@ -97,7 +98,7 @@ def compiled(layout: Layout) -> Result:
     """After a step without it, which does the checks; and how many graphs there are after each further one."""
     torch._dynamo.reset()
     counters.clear()
-    model, graphs = load(layout), []
+    model, graphs = load(layout, SHALLOW), []
     apply_densemixer(model)
     loss_of(model, share(layout)).backward()
     model.compile(backend="aot_eager")
@@ -105,7 +106,7 @@ def compiled(layout: Layout) -> Result:
         model.zero_grad()
         loss_of(model, share(layout)).backward()
         graphs.append(counters["stats"]["unique_graphs"])
-    result = verdict(model)
+    result = verdict(model, family=SHALLOW)
     result.more["graphs"] = graphs
     return result
 
