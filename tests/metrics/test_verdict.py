@@ -43,7 +43,15 @@ def test_verdict(case: str) -> None:
 def test_what_was_measured_last_counts() -> None:
     assert judge({SHARE: [(1, 0.0), (2, 0.3)]}).works is True
     assert judge({SHARE: [(1, 0.3), (2, math.nan)]}).works is None
-    assert judge({SHARE: [(1, 0.3), (500, 0.3)], CHANGE: [(1, 0.5), (500, 0.0)]}).works is False
+    assert judge({SHARE: [(1, 0.3), (500, 0.001)], CHANGE: [(1, 0.5), (500, 0.5)]}).works is False
+
+
+def test_choices_that_changed_before_a_run_was_resumed() -> None:
+    """The process that resumes it compares with its checkpoint, and its steps go on where the others ended."""
+    verdict = judge({SHARE: [(400, 0.3), (401, 0.3)], CHANGE: [(400, 0.266), (401, 0.008)]})
+    assert verdict.works is None
+    assert "0.8 % of the routers' choices changed since the start, and up to 26.6 % at an earlier step" in verdict.text
+    assert judge({SHARE: [(400, 0.3), (401, 0.3)], CHANGE: [(400, math.nan), (401, 0.008)]}).works is False
 
 
 def test_routers_that_take_turns_are_not_frozen() -> None:

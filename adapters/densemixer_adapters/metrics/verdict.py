@@ -61,6 +61,14 @@ def judge(curves: Mapping[str, Points]) -> Verdict:
     elif change is not None and change < CHANGE_THRESHOLD:
         small = moved
     reason = f"; rounding swallows {percent(lost)} of the updates of their weights" if lost and lost > 0.5 else ""
+    before = max((value for _, value in curves.get(CHANGE, ()) if 0 <= value <= 1), default=0)
+    if small and small == moved and before >= CHANGE_THRESHOLD:
+        # A process that resumes a run counts changes anew, and the log doesn't say where that was.
+        return Verdict(
+            None,
+            f"{moved}, and up to {percent(before)} at an earlier step: if the run was resumed, that start is its "
+            f"checkpoint, and it may be too early to say{reason}",
+        )
     if small and (steps >= ENOUGH_STEPS or share == 0):
         return Verdict(False, f"{small}: {idle}{reason}")
     if small:
