@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import packaging
 import pytest
-from installs import Environment
+from installs import REPOSITORY, Environment
 
 from densemixer_adapters.cli.doctor import TESTED, Check, check_environment, frameworks
 
@@ -72,6 +73,16 @@ def test_a_framework_without_the_modules_that_we_hook(full: Environment, tmp_pat
     assert status == 1
     check = checks["hook llamafactory.model.loader"]
     assert (check["state"], check["detail"]) == ("problem", "llamafactory 9.9 has no such module")
+    assert check["fix"] == 'pip install "./densemixer-adapters[llamafactory]"'  # a clone: the package is on no index
+
+
+def test_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
+    environment = Environment.create(tmp_path / "empty")
+    (environment.packages / "packaging").symlink_to(Path(packaging.__file__).parent)
+    code = "from densemixer_adapters.cli import doctor; print(doctor._package().fix)"
+    folders = f"{REPOSITORY}{os.pathsep}{REPOSITORY / 'adapters'}"
+    done = environment.run(environment.python, "-c", code, PYTHONPATH=folders)
+    assert done.stdout.strip() == f'pip install "{REPOSITORY}"', done.stderr
 
 
 def test_frameworks_that_no_extra_installs() -> None:

@@ -82,7 +82,7 @@ def _package() -> Check:
     try:
         return Check(DISTRIBUTION, "ok", f"{importlib.metadata.version(DISTRIBUTION)} at {where}")
     except importlib.metadata.PackageNotFoundError:
-        return Check(DISTRIBUTION, "problem", f"at {where}, but not installed", f"pip install {DISTRIBUTION}")
+        return Check(DISTRIBUTION, "problem", f"at {where}, but not installed", f'pip install "{_source()}"')
 
 
 def _startup() -> Check:
@@ -105,8 +105,12 @@ def _startup() -> Check:
 
 
 def _reinstall() -> str:
-    """The command that installs this package anew, from where it was installed from."""
-    source = DISTRIBUTION
+    """The command that installs this package anew."""
+    return f'pip install --force-reinstall --no-deps "{_source()}"'
+
+
+def _source() -> str:
+    """Where to install this package from: where it was, or the checkout that runs; else what the pages call a clone."""
     try:
         origin = importlib.metadata.distribution(DISTRIBUTION).read_text("direct_url.json")  # PEP 610
     except importlib.metadata.PackageNotFoundError:
@@ -115,8 +119,9 @@ def _reinstall() -> str:
         url = urlsplit(json.loads(origin)["url"])
         path = url2pathname(url.path)
         if url.scheme == "file" and Path(path).exists():
-            source = f'"{path}"'
-    return f"pip install --force-reinstall --no-deps {source}"
+            return path
+    checkout = Path(__file__).parents[3]
+    return str(checkout) if (checkout / "pyproject.toml").exists() else f"./{DISTRIBUTION}"
 
 
 def _command() -> Iterator[Check]:
@@ -232,7 +237,7 @@ def _hooks(installed: dict[str, str]) -> Iterator[Check]:
             if module in _boot.IN_SOME_VERSIONS:
                 continue
             detail = f"{distribution} {installed[distribution]} has no such module"
-            yield Check(f"hook {module}", "problem", detail, f'pip install "{DISTRIBUTION}[{framework}]"')
+            yield Check(f"hook {module}", "problem", detail, f'pip install "{_source()}[{framework}]"')
         elif _boot.is_live():
             yield Check(f"hook {module}", "ok", "live")
         else:
