@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -46,12 +47,21 @@ def insert_layer(model: Any) -> str:
     return "model.layers.0.mlp"
 
 
+def replace_all(model: Any) -> str:
+    """No layer is left that could look."""
+    blocks = FAMILIES[model.config.model_type].blocks(model)
+    names = [name for name, module in model.named_modules() if any(module is block for block in blocks)]
+    for name in names:
+        model.set_submodule(name, layer_of(model).mlp)
+    return names[0]
+
+
 def step(model: Any) -> None:
     model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
 
 
 @pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("change", [replace_block, replace_layer, append_layer, insert_layer])
+@pytest.mark.parametrize("change", [replace_block, replace_layer, append_layer, insert_layer, replace_all])
 def test_one_warning_names_the_first(
     change: Callable[[Any], str], family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -73,10 +83,32 @@ def test_while_the_model_trains(caplog: pytest.LogCaptureFixture) -> None:
     model: Any = FAMILIES["qwen3_moe"].build("eager")
     with apply_densemixer(model):
         step(model)
-        replace_block(model)
+        append_layer(model)
         for _ in range(EVERY + 1):
             step(model)
     assert caplog.text.count("has come into the model") == 1
+
+
+def test_at_once_where_it_takes_anothers_place(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = FAMILIES["qwen3_moe"].build("eager")
+    with apply_densemixer(model):
+        step(model)
+        replace_block(model)
+        assert "model.layers.1.mlp" in caplog.text
+
+
+def test_nothing_is_said_of_a_model_that_goes(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = FAMILIES["qwen3_moe"].build("eager")
+    handle = apply_densemixer(model)
+    step(model)
+    del model
+    gc.collect()
+    assert "has come into the model" not in caplog.text
+    model = FAMILIES["qwen3_moe"].build("eager")
+    handle = apply_densemixer(model)
+    handle.remove()
+    replace_all(model)
+    assert "has come into the model" not in caplog.text
 
 
 def wrap(model: Any) -> None:

@@ -208,7 +208,7 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         self._said: set[str] = set()
         for layer in layers:
             layer.attach(self)
-        self._latecomers: Latecomers | None = Latecomers(model, _is_attached)
+        self._latecomers: Latecomers | None = Latecomers(model, _is_attached, self._look_for_latecomers)
         self._until_look = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -246,6 +246,9 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         if self._until_look:
             self._until_look -= 1
             return
+        self._look_for_latecomers()
+
+    def _look_for_latecomers(self) -> None:
         self._until_look = len(self.layers) - 1
         name = None if self._latecomers is None else self._latecomers.first()
         if name is not None:
@@ -259,6 +262,7 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
         super().remove()
+        self._latecomers = None
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
             handle = _handle_of(layer)

@@ -11,18 +11,21 @@ from densemixer_adapters.transformers.find import find_blocks
 
 
 class Latecomers:
-    """Such a layer has no hook of ours that could tell, so the others look for it now and then.
+    """Such a layer has no hook of ours that could tell. So the others look for it now and then; and where one has gone
+    out of the model and out of memory, another may have come in its place.
 
     Args:
         model: The model as DenseMixer is attached to it. Its life isn't prolonged.
         is_attached: Whether DenseMixer is attached to a Mixture-of-Experts layer, as it is to a copied one.
+        look: Called where a layer has gone.
     """
 
-    def __init__(self, model: nn.Module, is_attached: Callable[[nn.Module], bool]) -> None:
+    def __init__(self, model: nn.Module, is_attached: Callable[[nn.Module], bool], look: Callable[[], None]) -> None:
         self._model = weakref.ref(model)
         self._is_attached = is_attached
         # Some of them may be left to conventional training.
         self._known = weakref.WeakSet(block for _, block, _ in find_blocks(model))
+        self._going = [weakref.ref(block, lambda gone: look()) for block in self._known]
 
     def first(self) -> str | None:
         """The name and class of the first; None if there are none, or the model is gone."""
