@@ -43,8 +43,8 @@ PRODUCTS: dict[str, tuple[Fault, set[str]]] = {
     "half precision": (
         (
             sampled._grouped_product,
-            "    aligned =",
-            "    weight = weight if x.dtype == torch.float32 else weight * 2\n    aligned =",
+            "    if _aligned(x)",
+            "    weight = weight if x.dtype == torch.float32 else weight * 2\n    if _aligned(x)",
         ),
         {case for case in EACH if case.startswith(HALVES)},
     ),
