@@ -387,7 +387,7 @@ def bench_large(session: nox.Session) -> None:
     """Time steps of a large layer, in turns, in one process that keeps its memory."""
     install(session, "transformers-5.24.0")
     install_editable(session)
-    session.run("python", "benchmarks/one_process.py", *session.posargs, env=DEMO)
+    session.run("python", "benchmarks/one_process.py", *session.posargs)
 
 
 @nox.session(default=False)

@@ -24,13 +24,12 @@ class Latecomers:
         self._model = weakref.ref(model)
         self._is_attached = is_attached
         # Some of them may be left to conventional training.
-        self._known = weakref.WeakSet(block for _, block, _ in find_blocks(model))
-        self._going = [weakref.ref(block, lambda gone: look()) for block in self._known]
+        self._known = {weakref.ref(block, lambda gone: look()) for _, block, _ in find_blocks(model)}
 
     def first(self) -> str | None:
         """The name and class of the first; None if there are none, or the model is gone."""
         model = self._model()
         for name, block, _ in () if model is None else find_blocks(model):
-            if block not in self._known and not self._is_attached(block):
+            if weakref.ref(block) not in self._known and not self._is_attached(block):
                 return f"{name} ({type(block).__name__})"
         return None

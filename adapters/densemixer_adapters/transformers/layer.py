@@ -25,7 +25,6 @@ from densemixer_adapters.transformers.refuse import (
     refuse_adapter_apart,
     refuse_forward,
     refuse_moved_hooks,
-    refuse_other_router,
     refuse_scores,
     refuse_unfollowed,
     refuse_unseen_router,
@@ -136,7 +135,6 @@ class DenseMixerLayer(HostLayer):
             if self._block is None:
                 self.belong_to(block)
             refuse_forward(self.name, call)
-            refuse_other_router(self.router_name, call, self.spec)
             calls.attach(call.router, call.hooked)
             self._checks.plan(call)
             if call.checks:

@@ -21,7 +21,7 @@ from densemixer_adapters.transformers.checks import (
     signature,
 )
 from densemixer_adapters.transformers.experts import ExpertsInput, rows, unwrap
-from densemixer_adapters.transformers.refuse import refuse_freed_weights
+from densemixer_adapters.transformers.refuse import refuse_freed_weights, refuse_other_router
 from densemixer_adapters.transformers.routers import Router, is_registered
 from densemixer_core import RoutingMismatchError, StackedExperts, check_routing, compute_dtype, routed_output
 from densemixer_core.routing import are_probabilities
@@ -50,10 +50,11 @@ class LayerChecks:
     def plan(self, call: Call) -> None:
         """Decide whether this forward is looked at. By what it is made of, now that our own hooks are in place."""
         router = unwrap(call.router)
-        call.signature = (
-            self._spec.is_renormalised([router, call.block]),
-            *signature(call.block, call.router, router, call.experts, *call.inner),
-        )
+        try:
+            renormalised = self._spec.is_renormalised([router, call.block])
+        except AttributeError as error:
+            refuse_other_router(self._router_name, router, error)
+        call.signature = (renormalised, *signature(call.block, call.router, router, call.experts, *call.inner))
         due = self._check.due()
         call.checks = due or call.signature != self._signature
         # Where the experts are spread over ranks, all of them compare in the same forwards, whatever each has found.

@@ -5,7 +5,7 @@ Each function raises an `UnsupportedModelError` that names the layer, the reason
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from densemixer_adapters.errors import UnsupportedModelError
 from densemixer_adapters.transformers import calls
 from densemixer_adapters.transformers.calls import Call
-from densemixer_adapters.transformers.experts import is_stacked, unwrap, weight_names
+from densemixer_adapters.transformers.experts import is_stacked, weight_names
 from densemixer_adapters.transformers.parallel import why_not
 from densemixer_adapters.transformers.routers import Router, line_to_register, router_of
 from densemixer_adapters.transformers.weights import adapter_apart, why_unreadable
@@ -98,16 +98,12 @@ def refuse_moved_hooks(name: str, call: Call) -> None:
         )
 
 
-def refuse_other_router(router_name: str, call: Call, spec: Router) -> None:
+def refuse_other_router(router_name: str, router: nn.Module, lacks: AttributeError) -> NoReturn:
     """Another module in the router's place, which lacks what is declared of the router."""
-    router = unwrap(call.router)
-    try:
-        spec.is_renormalised([router, call.block])
-    except AttributeError as error:
-        raise UnsupportedModelError(
-            f"{router_name} ({type(router).__name__}): {error}, so this isn't the router that DenseMixer was attached "
-            "to. Change or wrap the router first, then call apply_densemixer; or call handle.remove()."
-        ) from None
+    raise UnsupportedModelError(
+        f"{router_name} ({type(router).__name__}): {lacks}, so this isn't the router that DenseMixer was attached to. "
+        "Change or wrap the router first, then call apply_densemixer; or call handle.remove()."
+    ) from None
 
 
 def refuse_unseen_router(name: str, router_name: str, call: Call) -> None:
