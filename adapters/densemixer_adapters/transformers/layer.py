@@ -192,7 +192,7 @@ class DenseMixerLayer(HostLayer):
         refuse_scores(self.name, scored, held, spec)
         layout = dataclasses.replace(
             layout_of(experts),
-            formula=self._formula.of(experts),
+            formula=self._formula.of(experts, afresh=call.checks),
             identities=scored - held if spec.further == "identity" else 0,
             zeros=scored - held if spec.further == "zero" else 0,
         )
