@@ -206,18 +206,25 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._origin = uuid.uuid4().hex  # the same in copies
         self._said: set[str] = set()
+        self._frozen_once: set[str] = set()
         for layer in layers:
             layer.attach(self)
         self._latecomers: Latecomers | None = Latecomers(model, _is_attached, self._look_for_latecomers)
         self._until_look = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles. Nobody holds that handle, so it gives way."""
-        return {**vars(self), "_model": None, "_latecomers": None, "gives_way": True}
+        """For copies and pickles, of which nothing was said yet. Nobody holds that handle, so it gives way."""
+        unknown = {"_model": None, "_latecomers": None, "_said": set(), "_frozen_once": set()}
+        return {**vars(self), **unknown, "gives_way": True}
 
     def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None:
-        """Log one warning for all layers whose router is frozen now, this one among them, but once for each."""
-        self.frozen_routers.warn_of(layer)
+        """Log one warning for all layers whose router is frozen now, this one among them, but once for each.
+
+        Layers of a copy learn their blocks one by one in its first forward. Until then, one alone waits for its next.
+        """
+        if layer.router_name in self._frozen_once or all(other.knows_block for other in self.layers):
+            self.frozen_routers.warn_of(layer)
+        self._frozen_once.add(layer.router_name)
 
     def warn_of_lost_gradient(self, router_name: str) -> None:
         """Log one warning of a router that isn't frozen, and whose output nevertheless has no gradient."""
