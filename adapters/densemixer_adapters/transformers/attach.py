@@ -214,8 +214,8 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, of which nothing was said yet. Nobody holds that handle, so it gives way."""
-        unknown = {"_model": None, "_latecomers": None, "_said": set(), "_frozen_once": set()}
-        return {**vars(self), **unknown, "gives_way": True}
+        own = dict.fromkeys(("_model", "_latecomers"))
+        return {**vars(self), **own, "_said": set(), "_frozen_once": set(), "gives_way": True}
 
     def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None:
         """Log one warning for all layers whose router is frozen now, this one among them, but once for each.
