@@ -139,17 +139,21 @@ def has_experts(model: nn.Module) -> bool:
 def attached_layers(model: nn.Module) -> list[DenseMixerLayer]:
     """The layers of a model that DenseMixer is attached to, in the model's order; of copied blocks too."""
     found = []
-    for block in model.modules():
-        layer = _attached_layer(block)
-        if layer is not None:
-            layer.belong_to(block)
-            found.append(layer)
+    for module in model.modules():
+        for owner in _owners_of_hooks(module):
+            if isinstance(owner, DenseMixerLayer | Latecomers):
+                owner.belong_to(module)
+            if isinstance(owner, DenseMixerLayer):
+                found.append(owner)
     return found
 
 
 def _attached_layer(block: nn.Module) -> DenseMixerLayer | None:
-    owners = (getattr(hook, "__self__", None) for hook in block._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, DenseMixerLayer)), None)
+    return next((owner for owner in _owners_of_hooks(block) if isinstance(owner, DenseMixerLayer)), None)
+
+
+def _owners_of_hooks(module: nn.Module) -> list[object]:
+    return [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
 
 
 def _is_attached(block: nn.Module) -> bool:
@@ -214,8 +218,7 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, of which nothing was said yet. Nobody holds that handle, so it gives way."""
-        own = dict.fromkeys(("_model", "_latecomers"))
-        return {**vars(self), **own, "_said": set(), "_frozen_once": set(), "gives_way": True}
+        return {**vars(self), "_model": None, "_said": set(), "_frozen_once": set(), "gives_way": True}
 
     def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None:
         """Log one warning for all layers whose router is frozen now, this one among them, but once for each.
@@ -269,7 +272,9 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
         super().remove()
-        self._latecomers = None
+        if self._latecomers is not None:
+            self._latecomers.remove()
+            self._latecomers = None
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
             handle = _handle_of(layer)
