@@ -126,7 +126,9 @@ def _parse_options(options: Any) -> dict[str, Any] | None:
         try:
             options = json.loads(options)
         except ValueError as error:
-            raise ValueError(f"densemixer must be a mapping, or one as JSON, got {options!r} ({error})") from None
+            raise ValueError(
+                f"densemixer must be a mapping such as {{estimator: centered}}, or one as JSON, got {options!r} ({error})"
+            ) from None
     read_options("densemixer", options)
     return dict(options)
 
