@@ -9,11 +9,14 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import budget_error
 import one_process
-from budget_error import ESTIMATORS, compare, synthetic
+from budget_error import ESTIMATORS, compare, exact, now, synthetic
+
+from densemixer_core import DenseMixerConfig
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +28,17 @@ def test_what_is_compared(estimator: str) -> None:
     assert compare(layer, estimator, 1, 1)[1] == pytest.approx(1, abs=1e-12)
     without, with_variates = compare(layer, estimator, 1 / 8, 8)
     assert 0.5 < without < with_variates < 1
+
+
+def test_a_cosine_says_how_much_longer_the_estimate_is() -> None:
+    """Without bias, what chance adds is orthogonal to the exact gradient in the mean."""
+    (layer,) = synthetic("random", 1024)
+    truth = exact(layer, "densemixer")
+    draws = [now(layer, DenseMixerConfig("densemixer", budget=1 / 8, seed=seed)) for seed in range(16)]
+    cosine = torch.stack([torch.cosine_similarity(draw, truth, dim=0) for draw in draws]).mean().item()
+    length = torch.stack([draw.norm() / truth.norm() for draw in draws]).mean().item()
+    assert cosine < 0.8
+    assert length == pytest.approx(1 / cosine, rel=0.1)
 
 
 def test_its_tables() -> None:
