@@ -13,9 +13,9 @@ MEASURED = {
 """By budget, for each of `ESTIMATORS`: the least and the greatest of the layers of six small trained models."""
 
 WHAT_COSINES_ARE = (
-    "cosine: of the extra gradient of one step of 2048 tokens with the exact one, in the layers of six\n"
-    "small models that were trained for 120 steps (docs/budget.md). Yours may differ; more tokens a step help,\n"
-    "and so does the mean over steps that an optimizer takes."
+    "cosine: of the extra gradient of one step of 2048 tokens with the exact one, mean over 24 draws, in the layers\n"
+    "of six small models that were trained for 120 steps (docs/budget.md). Yours may differ; more tokens a step\n"
+    "help, and so does the mean over steps that an optimizer takes."
 )
 
 
