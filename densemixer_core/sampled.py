@@ -177,14 +177,17 @@ def _grouped_affine(ends: Tensor, x: Tensor, weight: Matrix, bias: Tensor | None
     return output if bias is None else output + bias
 
 
-def _aligned(tensor: Tensor) -> bool:
-    """Whether torch's grouped product takes it: weights may be views of something larger."""
+def _is_taken(tensor: Tensor) -> bool:
+    """Whether torch's grouped product takes it: weights may be views of something else."""
+    *_, rows, columns = tensor.shape
+    *_, row, column = tensor.stride()
+    lies = (column == 1 and row >= columns) or (row == 1 and column >= rows)
     steps = [*tensor.shape[1:], *(stride for stride in tensor.stride() if stride != 1)]
-    return tensor.data_ptr() % 16 == 0 and all(step * tensor.element_size() % 16 == 0 for step in steps)
+    return lies and tensor.data_ptr() % 16 == 0 and all(step * tensor.element_size() % 16 == 0 for step in steps)
 
 
 def _grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    if _aligned(x) and _aligned(weight) and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
+    if _is_taken(x) and _is_taken(weight) and x.dtype != torch.float64 and hasattr(F, "grouped_mm"):
         return F.grouped_mm(x, weight, offs=ends)
     groups = torch.split(x, ends.diff(prepend=ends.new_zeros(1)).tolist())
     return torch.cat([group @ matrix for group, matrix in zip(groups, weight, strict=True)])

@@ -180,6 +180,26 @@ def test_the_checkpoint_with_the_most_steps_counts(tmp_path: Path) -> None:
     assert found["source"] == str(tmp_path / "checkpoint-1000" / "trainer_state.json")
 
 
+def test_a_run_that_was_resumed_with_metrics(tmp_path: Path) -> None:
+    """Steps without them are no steps in which nothing happened."""
+    before = [{"step": step, "loss": 1.0} for step in range(1, 1001)]
+    after = [{**row, "step": 1000 + row["step"]} for row in rows(*[0.002] * 5)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": before + after}))
+    (found,) = json.loads(report(tmp_path, "--json").output)
+    assert found["works"] is None
+    assert "after 5 steps" in found["verdict"]
+
+
+@pytest.mark.parametrize("same_run", [True, False])
+def test_a_run_that_went_on_and_did_not_end(same_run: bool, tmp_path: Path) -> None:
+    """The state beside its checkpoints is that of the training before; or of another one, which counts."""
+    ended = write_state(tmp_path, *[0.5] * 10)
+    going_on = write_state(tmp_path / "checkpoint-20", *[0.5 if same_run else 0.4] * 20)
+    write_state(tmp_path / "checkpoint-10", *[0.5] * 10)
+    (found,) = json.loads(report(tmp_path, "--json").output)
+    assert found["source"] == str(going_on if same_run else ended)
+
+
 def test_the_log_of_verl_with_the_most_steps_counts(tmp_path: Path) -> None:
     write_verl(tmp_path / "a.jsonl", *verl_rows(*[0.5] * 20))
     write_verl(tmp_path / "b.jsonl", *verl_rows(0.5))

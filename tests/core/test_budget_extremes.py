@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import oracle
 import pytest
@@ -175,21 +177,30 @@ def test_experts_of_any_size_are_drawn_alike(prior: float, power: int) -> None:
         torch.testing.assert_close(drawn(2.0 ** round(power / 0.30103)), drawn(1.0))
 
 
-@pytest.mark.parametrize("more", [1, 3, 8])
-def test_weights_that_are_views_of_something_wider(more: int) -> None:
-    """torch's grouped product takes rows only that begin at multiples of 16 bytes."""
+def of_wider_rows(weight: torch.Tensor, more: int) -> torch.Tensor:
+    return torch.cat([weight, weight[..., :more]], -1)[..., : weight.shape[-1]]
+
+
+VIEWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    **{f"{more} wider": functools.partial(of_wider_rows, more=more) for more in (1, 3, 8)},
+    "every eighth": lambda weight: weight.repeat_interleave(8, -1)[..., ::8],
+    "experts last": lambda weight: weight.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "one column": lambda weight: weight[..., :1].expand(weight.shape),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_weights_that_are_views_of_something_else(view: str) -> None:
+    """torch's grouped product takes whole rows or columns only that begin at multiples of 16 bytes."""
     layer = Layer(Case(40, hidden=16, ffn=8, experts=8, k=2), torch.float32)
     known = Known(torch.ones(40, 8), torch.ones(40, 1))
-
-    def within(weight: torch.Tensor) -> torch.Tensor:
-        return torch.cat([weight, weight[..., :more]], -1)[..., : weight.shape[-1]]
-
+    up, down = VIEWS[view](layer.weights.up), VIEWS[view](layer.weights.down)
     with torch.no_grad():
         plain, views = (
             sampled_dots(layer.x, layer.g, known, 80, 3, StackedExperts(weights, layer.layout))
             for weights in (
-                layer.weights,
-                layer.weights._replace(up=within(layer.weights.up), down=within(layer.weights.down)),
+                layer.weights._replace(up=up.contiguous(), down=down.contiguous()),
+                layer.weights._replace(up=up, down=down),
             )
         )
-    torch.testing.assert_close(views, plain)
+    torch.testing.assert_close(views, plain, rtol=1e-4, atol=1e-4)

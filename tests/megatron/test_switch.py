@@ -24,7 +24,7 @@ from torch import nn
 
 from densemixer_adapters import transformers
 from densemixer_adapters.cli.doctor import examine
-from densemixer_adapters.megatron import MegatronHandle, announce, apply_densemixer, attached_handle, read_flag
+from densemixer_adapters.megatron import MegatronHandle, apply_densemixer, attached_handle, read_flag
 from densemixer_adapters.megatron.config_field import patch_transformer_config
 from densemixer_adapters.megatron.layer import MegatronLayer
 from densemixer_adapters.megatron.positions import Selection, moe_layer_numbers
@@ -190,22 +190,23 @@ def test_conventional_is_megatrons_own() -> None:
     assert torch.equal(ours.router, host.router)
 
 
+@pytest.mark.parametrize("input_trains", [True, False])
 @pytest.mark.parametrize("by_flag", [True, False])
-def test_a_frozen_router_is_warned_of_once(
-    by_flag: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(announce, "_frozen_was_said", False)
-    layer = build(Case(), moe_densemixer=by_flag)
-    layer.router.requires_grad_(False)
-    if not by_flag:
-        apply_densemixer(layer)
-    x, g = batch(Case())
+def test_a_frozen_router_is_warned_of_once(by_flag: bool, input_trains: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """In each model of the process, also where nothing below the router trains."""
     for _ in range(2):
-        layer(x.clone().requires_grad_())[0].backward(g)
-    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "nothing to train where the router is frozen" in warnings[0].getMessage()
-    assert layer.router.weight.grad is None
+        layer = build(Case(), moe_densemixer=by_flag)
+        layer.router.requires_grad_(False)
+        if not by_flag:
+            apply_densemixer(layer)
+        x, g = batch(Case())
+        for _ in range(2):
+            layer(x.clone().requires_grad_(input_trains))[0].backward(g)
+        warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+        assert len(warnings) == 1
+        assert "nothing to train where the router is frozen" in warnings[0].getMessage()
+        assert layer.router.weight.grad is None
+        caplog.clear()
 
 
 def test_a_router_that_routes_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,8 @@ PRODUCTS: dict[str, tuple[Fault, set[str]]] = {
     "half precision": (
         (
             sampled._grouped_product,
-            "    if _aligned(x)",
-            "    weight = weight if x.dtype == torch.float32 else weight * 2\n    if _aligned(x)",
+            "    if _is_taken(x)",
+            "    weight = weight if x.dtype == torch.float32 else weight * 2\n    if _is_taken(x)",
         ),
         {case for case in EACH if case.startswith(HALVES)},
     ),

@@ -31,6 +31,51 @@ def other_experts(block: Any) -> None:
     another_gate(block)
 
 
+class Swish(nn.Module):
+    """SiLU, until its slope changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.beta = 1.0
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return z * (self.beta * z).sigmoid()
+
+
+def another_slope(activation: Any) -> None:
+    activation[0].beta = 1.5
+
+
+def another_forward(activation: Any) -> None:
+    activation[0].forward = torch.relu
+
+
+def another_part(activation: Any) -> None:
+    activation[0] = nn.ReLU()
+
+
+def hooked(activation: Any) -> None:
+    activation.register_forward_hook(lambda module, args, output: 2 * output)
+
+
+@pytest.mark.parametrize("change", [another_slope, another_forward, another_part, hooked])
+def test_an_activation_that_is_changed_within(change: Callable[[Any], None]) -> None:
+    model: Any = FAMILIES["qwen3_moe"].build("eager")
+    experts = [block.experts for block in FAMILIES["qwen3_moe"].blocks(model)]
+    for each in experts:
+        each.act_fn = nn.Sequential(Swish())
+    apply_densemixer(model)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    change(experts[0].act_fn)
+    model(input_ids=tokens(), labels=tokens()).loss.backward()
+    z = 3 * torch.randn(50, 96, generator=torch.Generator().manual_seed(0))
+    changed, other = (layer.formula for layer in attached_layers(model))
+    assert other is not None  # SiLU
+    torch.testing.assert_close(other(z), experts[1]._apply_gate(z))
+    if changed is not None:
+        torch.testing.assert_close(changed(z), experts[0]._apply_gate(z))
+
+
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize(
     ("family", "change"),

@@ -293,3 +293,26 @@ def test_averaging_beside_the_training() -> None:
     handle.remove()
     assert len(attached_layers(averaged)) == 2
     assert_exact(family, averaged.module, "densemixer")
+
+
+@pytest.mark.parametrize("said_of_the_original", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_frozen_routers_of_a_copy_are_warned_of_once(
+    way: Way, said_of_the_original: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is another model, maybe in another process, and learns its blocks in its first forward."""
+    family = FAMILIES["qwen3_moe"]
+    model = family.build("eager")
+    with apply_densemixer(model):
+        for block in family.blocks(model):
+            block.gate.requires_grad_(not said_of_the_original)
+        gradients(model)
+        other = way(model)
+        for block in family.blocks(other):
+            block.gate.requires_grad_(False)
+        caplog.clear()
+        for _ in range(3):
+            gradients(other)
+    (record,) = caplog.records
+    assert "nothing to train in 2 of 2 layers" in record.getMessage()
+    assert "(model.layers.0.mlp.gate and 1 more)" in record.getMessage()

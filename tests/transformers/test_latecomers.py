@@ -56,12 +56,36 @@ def replace_all(model: Any) -> str:
     return names[0]
 
 
+def replace_all_and_keep_them(model: Any) -> str:
+    """None of them goes out of memory."""
+    model.kept = FAMILIES[model.config.model_type].blocks(model)
+    return replace_all(model)
+
+
+def delete_all_first(model: Any) -> str:
+    """Where they go, none has come yet."""
+    model.model.layers = None
+    model.model.layers = type(model)(model.config).model.layers
+    return next(name for name, module in model.named_modules() if "experts" in dict(module.named_children()))
+
+
 def step(model: Any) -> None:
     model(input_ids=tokens(), labels=tokens(), use_cache=False).loss.backward()
 
 
+CHANGES = [
+    replace_block,
+    replace_layer,
+    append_layer,
+    insert_layer,
+    replace_all,
+    replace_all_and_keep_them,
+    delete_all_first,
+]
+
+
 @pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("change", [replace_block, replace_layer, append_layer, insert_layer, replace_all])
+@pytest.mark.parametrize("change", CHANGES)
 def test_one_warning_names_the_first(
     change: Callable[[Any], str], family: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -77,6 +101,16 @@ def test_one_warning_names_the_first(
     handle.remove()
     with apply_densemixer(model) as again:  # as the warning says
         assert len(again.layers) == len(FAMILIES[family].blocks(model))
+
+
+@pytest.mark.parametrize("change", [replace_block, replace_all])
+def test_in_a_copy_that_trains(change: Callable[[Any], str], caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = FAMILIES["qwen3_moe"].build("eager")
+    with apply_densemixer(model):
+        twin = copy.deepcopy(model)
+        step(twin)
+        name = change(twin)
+    assert caplog.text.count(f"{name} (") == 1
 
 
 def test_while_the_model_trains(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,6 @@ lines of verl's logger ``file``.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import os
@@ -41,12 +40,14 @@ class Series:
         source: The file that they are from.
         curves: By metric, over all layers: steps and values; NaN is what is no number that a metric can have.
         layers: By metric and layer, likewise.
+        start: The last step of the log before they were measured: a run may be resumed with them.
     """
 
     name: str
     source: Path
     curves: dict[str, Points]
     layers: dict[str, dict[str, Points]]
+    start: int = 0
 
     @property
     def last(self) -> dict[str, float]:
@@ -54,7 +55,8 @@ class Series:
 
     @property
     def verdict(self) -> Verdict:
-        return judge(self.curves)
+        curves = self.curves.items()
+        return judge({name: [(step - self.start, value) for step, value in points] for name, points in curves})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +123,17 @@ def _logs(folder: Path, left_out: list[str]) -> Iterator[_Log]:
 
 
 def _states(folder: Path, left_out: list[str]) -> Iterator[_Log]:
-    """The first state of the HF Trainer that can be read."""
+    """The first state of the HF Trainer that can be read, or that of a checkpoint with which the same run went on."""
     checkpoints = sorted(folder.glob(f"**/checkpoint-*/{STATE}"), key=_checkpoint_steps, reverse=True)
     own = [folder / STATE] if os.path.lexists(folder / STATE) else []
-    return itertools.islice(_readable([*own, *checkpoints], _history, left_out), 1)
+    states = _readable([*own, *checkpoints], _history, left_out)
+    first = next(states, None)
+    # The folder's own is written as training ends. Who resumes the run adds to its rows, and may not have ended.
+    more = next(states, None) if own else None
+    if more is not None and first is not None and more.steps > first.steps and more.rows[:1] == first.rows[:1]:
+        first = more
+    if first is not None:
+        yield first
 
 
 def _checkpoint_steps(state: Path) -> tuple[int, str]:
@@ -194,21 +203,25 @@ def _is_row(row: Any) -> bool:
 
 def _series(source: Path, rows: Iterable[tuple[int, dict[str, Any]]]) -> list[Series]:
     found: dict[str, Series] = {}
-    for step, role, layer, metric, value in _values(rows):
-        series = found.setdefault(role, Series(role, source, {}, {}))
-        curves = series.layers.setdefault(metric, {}) if layer else series.curves
-        curves.setdefault(layer or metric, []).append((step, value))
+    before = now = 0
+    for row in rows:
+        if row[0] != now:
+            before, now = now, row[0]
+        for step, role, layer, metric, value in _values(row):
+            series = found.setdefault(role, Series(role, source, {}, {}, min(before, now)))
+            curves = series.layers.setdefault(metric, {}) if layer else series.curves
+            curves.setdefault(layer or metric, []).append((step, value))
     return [series for series in found.values() if series.curves]
 
 
-def _values(rows: Iterable[tuple[int, dict[str, Any]]]) -> Iterator[tuple[int, str, str, str, float]]:
+def _values(row: tuple[int, dict[str, Any]]) -> Iterator[tuple[int, str, str, str, float]]:
     """Step, role, layer, metric and value. verl puts the role before our names, as in ``actor/densemixer/…``."""
-    for step, entry in rows:
-        for name, value in entry.items():
-            before, mark, after = name.rpartition(PREFIX)
-            layer, _, metric = after.rpartition("/")
-            if mark and metric in TITLES:
-                yield step, printable(before.rstrip("/")), printable(layer), metric, _number(value)
+    step, entry = row
+    for name, value in entry.items():
+        before, mark, after = name.rpartition(PREFIX)
+        layer, _, metric = after.rpartition("/")
+        if mark and metric in TITLES:
+            yield step, printable(before.rstrip("/")), printable(layer), metric, _number(value)
 
 
 def _number(value: Any) -> float:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
+from typing import Any
 
 from densemixer_adapters.megatron.host_layer import HostLayer
 from densemixer_adapters.transformers.announce import announce as log_on_first_rank
@@ -11,7 +13,9 @@ from densemixer_adapters.transformers.announce import announce as log_on_first_r
 logger = logging.getLogger("densemixer")
 
 _FIX = "Call requires_grad_(True) on the router after whatever froze it, e.g. a LoRA transform."
-_frozen_was_said = False
+
+_said_of: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""The configurations of models whose frozen routers were spoken of, by their ids: what all layers of a model share."""
 
 
 def announce(model: object, layers: Sequence[HostLayer], estimator: str) -> None:
@@ -30,8 +34,8 @@ def announce(model: object, layers: Sequence[HostLayer], estimator: str) -> None
 
 
 def warn_of_frozen_router(layer: HostLayer) -> None:
-    """Log one warning in this process, whichever layer comes first."""
-    if not _frozen_was_said:
+    """Log one warning for a model, whichever of its layers comes first."""
+    if id(layer.block.config) not in _said_of:
         warn_of_frozen_routers([layer])
 
 
@@ -42,10 +46,9 @@ def warn_of_frozen_routers(layers: Sequence[HostLayer], fix: str = _FIX) -> None
         layers: Those of this rank that DenseMixer is attached to.
         fix: What to do about it in the framework at hand.
     """
-    global _frozen_was_said
     frozen = [layer for layer in layers if layer.router_is_frozen]
     if frozen:
-        _frozen_was_said = True
+        _said_of.update({id(layer.block.config): layer.block.config for layer in frozen})
         logger.warning(
             "DenseMixer has nothing to train where the router is frozen: %s.router%s. Such a layer trains as without "
             "DenseMixer. %s",

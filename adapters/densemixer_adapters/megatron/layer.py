@@ -131,7 +131,7 @@ class MegatronLayer(HostLayer):
         router_input = self._router_input
         self._forget()
         routed = self._overrides.host("routing")(logits, *args, **kwargs)
-        if torch.is_grad_enabled() and logits.requires_grad and self._trains():
+        if torch.is_grad_enabled() and self._trains() and logits.requires_grad:
             self._router_input, self._logits = router_input, logits
         return routed
 

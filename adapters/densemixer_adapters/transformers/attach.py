@@ -139,17 +139,21 @@ def has_experts(model: nn.Module) -> bool:
 def attached_layers(model: nn.Module) -> list[DenseMixerLayer]:
     """The layers of a model that DenseMixer is attached to, in the model's order; of copied blocks too."""
     found = []
-    for block in model.modules():
-        layer = _attached_layer(block)
-        if layer is not None:
-            layer.belong_to(block)
-            found.append(layer)
+    for module in model.modules():
+        for owner in _owners_of_hooks(module):
+            if isinstance(owner, DenseMixerLayer | Latecomers):
+                owner.belong_to(module)
+            if isinstance(owner, DenseMixerLayer):
+                found.append(owner)
     return found
 
 
 def _attached_layer(block: nn.Module) -> DenseMixerLayer | None:
-    owners = (getattr(hook, "__self__", None) for hook in block._forward_pre_hooks.values())
-    return next((owner for owner in owners if isinstance(owner, DenseMixerLayer)), None)
+    return next((owner for owner in _owners_of_hooks(block) if isinstance(owner, DenseMixerLayer)), None)
+
+
+def _owners_of_hooks(module: nn.Module) -> list[object]:
+    return [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
 
 
 def _is_attached(block: nn.Module) -> bool:
@@ -206,18 +210,24 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
         self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
         self._origin = uuid.uuid4().hex  # the same in copies
         self._said: set[str] = set()
+        self._frozen_once: set[str] = set()
         for layer in layers:
             layer.attach(self)
         self._latecomers: Latecomers | None = Latecomers(model, _is_attached, self._look_for_latecomers)
         self._until_look = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles. Nobody holds that handle, so it gives way."""
-        return {**vars(self), "_model": None, "_latecomers": None, "gives_way": True}
+        """For copies and pickles, of which nothing was said yet. Nobody holds that handle, so it gives way."""
+        return {**vars(self), "_model": None, "_said": set(), "_frozen_once": set(), "gives_way": True}
 
     def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None:
-        """Log one warning for all layers whose router is frozen now, this one among them, but once for each."""
-        self.frozen_routers.warn_of(layer)
+        """Log one warning for all layers whose router is frozen now, this one among them, but once for each.
+
+        Layers of a copy learn their blocks one by one in its first forward. Until then, one alone waits for its next.
+        """
+        if layer.router_name in self._frozen_once or all(other.knows_block for other in self.layers):
+            self.frozen_routers.warn_of(layer)
+        self._frozen_once.add(layer.router_name)
 
     def warn_of_lost_gradient(self, router_name: str) -> None:
         """Log one warning of a router that isn't frozen, and whose output nevertheless has no gradient."""
@@ -262,7 +272,9 @@ class DenseMixerHandle(Handle[DenseMixerLayer]):
     def remove(self) -> None:
         """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
         super().remove()
-        self._latecomers = None
+        if self._latecomers is not None:
+            self._latecomers.remove()
+            self._latecomers = None
         model = None if self._model is None else self._model()
         for layer in [] if model is None else attached_layers(model):
             handle = _handle_of(layer)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -118,12 +118,18 @@ class KnownFormula:
     def __init__(self, experts: Any) -> None:
         self._activation, self.found = _activation_of(experts), _formula_of(experts)
 
-    def of(self, experts: Any) -> Activation | None:
-        """Of the activation that they have now. Compiled code can't look for it: it does without."""
+    def of(self, experts: Any, afresh: bool) -> Activation | None:
+        """Of the activation that they have now. Compiled code can't look for it: it does without.
+
+        Args:
+            experts: The experts.
+            afresh: Whether a known formula is compared with it again, for what changes within an activation.
+        """
         activation = _activation_of(experts)
-        if activation != self._activation:
-            if torch.compiler.is_compiling():
-                return None
+        changed = activation != self._activation
+        if torch.compiler.is_compiling():
+            return None if changed else self.found
+        if changed or (afresh and self.found is not None):
             with torch.no_grad(), _disable_current_modes():
                 self._activation, self.found = activation, _formula_of(experts)
         return self.found
@@ -133,6 +139,17 @@ def _activation_of(experts: Any) -> tuple[Any, ...]:
     """What a formula follows from, without what would keep the experts alive: a bound method is made at each access."""
     gate = getattr(experts, "_apply_gate", None)
     return getattr(gate, "__func__", gate), getattr(experts, "act_fn", None), *_parameters(experts)
+
+
+def activation_modules(experts: Any) -> list[nn.Module]:
+    """What their activation is made of, where that is a module."""
+    activation = getattr(experts, "act_fn", None)
+    return list(activation.modules()) if isinstance(activation, nn.Module) else []
+
+
+def activation_constants(modules: Iterable[nn.Module]) -> Iterator[float | str]:
+    """What parts of an activation may compute with, besides parameters."""
+    return (value for module in modules for value in vars(module).values() if type(value) in (float, str))
 
 
 def _formula_of(experts: Any) -> Activation | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from densemixer_adapters.transformers.announce import warn
 
@@ -34,6 +34,10 @@ class FrozenRouters:
         self.layers = layers
         self.fix: str | None = fix
         self._known: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, of which nothing was said yet."""
+        return {**vars(self), "_known": set()}
 
     def warn(self) -> None:
         """Log one warning, on the first rank, for all routers that are frozen now, but once for each."""

@@ -44,6 +44,11 @@ class HostLayer:
         self._block = weakref.ref(block)
 
     @property
+    def knows_block(self) -> bool:
+        """Whether it does, or did: a copy's layer learns it in its block's next training forward."""
+        return self._block is not None
+
+    @property
     def block(self) -> nn.Module:
         """The module that owns router and experts."""
         block = self.block_or_none

@@ -126,14 +126,14 @@ class DenseMixerLayer(HostLayer):
         outer = None if torch.compiler.is_compiling() else calls.drop_interrupted(block)
         if self.handle is None or not (torch.is_grad_enabled() or calls.recorder() is not None):
             return
+        if not (self.knows_block or torch.compiler.is_compiling()):
+            self.belong_to(block)
         call = Call(self, block, torch.is_grad_enabled() and self._trains(block), outer)
         if torch.compiler.is_compiling():
             if call.trains:
                 refuse_moved_hooks(self.name, call)
             call.checks = self._checks.probabilities is None
         elif call.trains:
-            if self._block is None:
-                self.belong_to(block)
             refuse_forward(self.name, call)
             calls.attach(call.router, call.hooked)
             self._checks.plan(call)
@@ -192,7 +192,7 @@ class DenseMixerLayer(HostLayer):
         refuse_scores(self.name, scored, held, spec)
         layout = dataclasses.replace(
             layout_of(experts),
-            formula=self._formula.of(experts),
+            formula=self._formula.of(experts, afresh=call.checks),
             identities=scored - held if spec.further == "identity" else 0,
             zeros=scored - held if spec.further == "zero" else 0,
         )

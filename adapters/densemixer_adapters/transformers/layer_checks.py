@@ -20,7 +20,13 @@ from densemixer_adapters.transformers.checks import (
     comparable,
     signature,
 )
-from densemixer_adapters.transformers.experts import ExpertsInput, rows, unwrap
+from densemixer_adapters.transformers.experts import (
+    ExpertsInput,
+    activation_constants,
+    activation_modules,
+    rows,
+    unwrap,
+)
 from densemixer_adapters.transformers.refuse import refuse_freed_weights, refuse_other_router
 from densemixer_adapters.transformers.routers import Router, is_registered
 from densemixer_core import RoutingMismatchError, StackedExperts, check_routing, compute_dtype, routed_output
@@ -54,7 +60,9 @@ class LayerChecks:
             renormalised = self._spec.is_renormalised([router, call.block])
         except AttributeError as error:
             refuse_other_router(self._router_name, router, error)
-        call.signature = (renormalised, *signature(call.block, call.router, router, call.experts, *call.inner))
+        activations = [module for experts in call.inner for module in activation_modules(experts)]
+        modules = (call.block, call.router, router, call.experts, *call.inner, *activations)
+        call.signature = (renormalised, *activation_constants(activations), *signature(*modules))
         due = self._check.due()
         call.checks = due or call.signature != self._signature
         # Where the experts are spread over ranks, all of them compare in the same forwards, whatever each has found.
