@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parse()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=120)
     cases = list(all_cases(arguments))
     rows: list[dict[str, Any]] = []
     with Progress(console=console) as progress:
@@ -56,10 +56,14 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser("make bench", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "make bench",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), help="models to take shapes from")
     parser.add_argument("--tokens", nargs="+", type=int, default=[256, 2048], help="tokens of a step")
-    parser.add_argument("--scale", type=int, default=1 if on_gpu else 4, help="divide all widths by this")
+    parser.add_argument("--scale", type=int, default=1 if on_gpu else 4, help="divide all widths by this, a power of 2")
     parser.add_argument("--layers", type=int, default=2, help="layers of the whole model")
     parser.add_argument(
         "--settings",
@@ -68,10 +72,14 @@ def parse() -> argparse.Namespace:
         default=[*BUDGETS, "original"],
         help="what is compared with conventional training; all of them have their memory at the same time",
     )
-    parser.add_argument("--what", nargs="+", choices=["block", "model"], default=["block", "model"])
+    parser.add_argument(
+        "--what", nargs="+", choices=["block", "model"], default=["block", "model"], help="a layer, or a model"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each setting")
-    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"))
+    parser.add_argument("--dtype", default="bfloat16" if on_gpu else "float32", help="of weights and inputs")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/bench"), help="folder for tables, numbers and plot"
+    )
     parser.set_defaults(device="cuda" if on_gpu else "cpu")
     return parser.parse_args()
 

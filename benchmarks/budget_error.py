@@ -47,12 +47,24 @@ PAIRS_PER_PILOT_BEFORE = 32
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("make bench-budget", description=__doc__.split("\n")[0])
-    parser.add_argument("--budgets", nargs="+", type=float, default=[1 / 8, 1 / 16, 1 / 32, 1 / 64])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048], help="tokens of a step")
+    parser = argparse.ArgumentParser(
+        "make bench-budget",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--budgets", nargs="+", type=float, default=[1 / 8, 1 / 16, 1 / 32, 1 / 64], help="such as 0.125"
+    )
+    parser.add_argument(
+        "--tokens", nargs="+", type=int, default=[2048], help=f"tokens of a step: multiples of {LENGTH}"
+    )
     parser.add_argument("--train", type=int, default=120, help="steps of training of each model")
     parser.add_argument("--seeds", type=int, default=24, help="draws of each budget")
     arguments = parser.parse_args()
+    if wrong := [tokens for tokens in arguments.tokens if tokens < 1 or tokens % LENGTH]:
+        parser.error(f"--tokens must be multiples of {LENGTH}, the length of a sequence; got {wrong[0]}")
+    if arguments.seeds < 1:
+        parser.error(f"--seeds must be at least 1, got {arguments.seeds}")
     console = Console(width=120)
     torch.set_num_threads(1)  # or sums in the training are taken in another order each time
     models = [

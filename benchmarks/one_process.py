@@ -1,6 +1,6 @@
 """Times steps of one layer with and without a budget, in turns, in one process that keeps its memory.
 
-    python benchmarks/one_process.py [--help]
+    make bench-large ARGS="--help"
 
 Where every setting has a process of its own, as in `python benchmarks`, a C library's allocator gives the memory of
 large tensors back after each use, and the system hands it out anew, page by page. At many tokens that is a large part
@@ -28,13 +28,19 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, default="Qwen3-30B-A3B")
-    parser.add_argument("--scale", type=int, default=1, help="divide all widths by this")
-    parser.add_argument("--tokens", type=int, default=16384)
-    parser.add_argument("--budget", type=Fraction, default=Fraction(1, 16))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser = argparse.ArgumentParser(
+        "make bench-large",
+        description=__doc__.split("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="Qwen3-30B-A3B", help="model to take widths from")
+    parser.add_argument("--scale", type=int, default=1, help="divide all widths by this, a power of 2")
+    parser.add_argument("--tokens", type=int, default=16384, help="tokens of a step")
+    parser.add_argument("--budget", type=Fraction, default=Fraction(1, 16), help="as 1/16 or 0.0625")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each setting")
     options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds must be at least 1, got {options.rounds}")
     keep_memory()
     shape = SHAPES[options.shape].scaled(options.scale)
     budget = float(options.budget)
@@ -46,7 +52,8 @@ def main() -> None:
     rounds = [[measure(run) for run in steps.values()] for _ in track(range(options.rounds + 1), transient=True)][1:]
     # The products that measure the rate, see `make_step`: 8 of [tokens, hidden] with [hidden, 2 ffn].
     share = shape.extra_operations(options.tokens, budget) / (8 * 4 * options.tokens * shape.hidden * shape.ffn)
-    print("seconds: conventional, with the budget, by its operations; the second over the third; system's share")
+    print("seconds: conventional, with the budget, by its operations; the second over the third; and what share of the")
+    print("second the operating system took, mostly to hand out memory")
     ratios = []
     for (plain, _), (ours, system), (products, _) in rounds:
         best = plain + share * products

@@ -7,6 +7,8 @@ writes the files in `environments/`.
 
 from __future__ import annotations
 
+import contextlib
+import filecmp
 import os
 import sys
 from pathlib import Path
@@ -16,8 +18,9 @@ import nox
 
 CI = Path(__file__).parent.resolve()
 ROOT = CI.parent
-ORIGINAL = ROOT / ".nox" / "original.pt"
-WHEELS = ROOT / ".nox" / "wheels"
+ENVIRONMENTS = ROOT / ".nox"
+ORIGINAL = ENVIRONMENTS / "original.pt"
+WHEELS = ENVIRONMENTS / "wheels"
 DEMO = {"PYTHONPATH": str(ROOT / "examples" / "demo")}
 """For programs that use data and models of the demo."""
 
@@ -28,7 +31,7 @@ PYTEST = ("pytest", "-n2", "--dist=loadfile", "--no-loadscope-reorder", "--durat
 # Tests start hundreds of processes, which spend most of their time on imports: the first one keeps its bytecode.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-nox.options.envdir = str(ROOT / ".nox")
+nox.options.envdir = str(ENVIRONMENTS)
 nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 
@@ -36,6 +39,25 @@ nox.options.reuse_venv = "yes"
 def pip_install(session: nox.Session, *arguments: str, **options: Any) -> None:
     """Without compiling all of a package to bytecode: most of it is never imported."""
     session.install("--no-compile", *arguments, **options)
+    share_large_files(Path(session.virtualenv.location))
+
+
+def share_large_files(environment: Path) -> None:
+    """Link files that another environment has too to that one's: torch and Triton alone take 1.7 GB in each.
+
+    pip replaces files, it doesn't write into them, so what changes in one environment stays there.
+    """
+    others = [one for one in ENVIRONMENTS.iterdir() if one.is_dir() and one != environment]
+    large = (path for path in environment.rglob("*") if path.is_file() and not path.is_symlink())
+    for path in [one for one in large if one.stat().st_size > 2**20 and one.stat().st_nlink == 1]:
+        for other in others:
+            twin = other / path.relative_to(environment)
+            if twin.is_file() and filecmp.cmp(path, twin, shallow=False):
+                link = path.with_name(f"{path.name}.link")
+                with contextlib.suppress(OSError):  # some file systems have no links
+                    os.link(twin, link)
+                    link.replace(path)
+                break
 
 
 def install(session: nox.Session, environment: str) -> None:
@@ -378,7 +400,7 @@ def bench(session: nox.Session) -> None:
     """Time steps on this machine."""
     install(session, "transformers-5.24.0")
     install_editable(session)
-    python = ROOT / ".nox" / "original" / "bin" / "python"
+    python = ENVIRONMENTS / "original" / "bin" / "python"
     session.run("python", "benchmarks", *session.posargs, env={"ORIGINAL_DENSEMIXER_PYTHON": str(python)})
 
 

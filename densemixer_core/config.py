@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -37,7 +38,23 @@ def read_flag(text: str) -> bool:
     return _WORDS[word]
 
 
-_READERS: dict[str, Callable[[str], Any]] = {"workspace_mb": int, "budget": float, "seed": int, "metrics": read_flag}
+def _number(read: Callable[[str], float]) -> Callable[[str], float | str]:
+    """Text that is no number stays what it is, and the field says what is wrong."""
+
+    def number(text: str) -> float | str:
+        with contextlib.suppress(ValueError):
+            return read(text)
+        return text
+
+    return number
+
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "workspace_mb": _number(int),
+    "budget": _number(float),
+    "seed": _number(int),
+    "metrics": read_flag,
+}
 """The fields that are no strings, and how to read them from text."""
 
 _SLICE = re.compile(r"(-?\d+)?:(-?\d+)?(?::(-?[1-9]\d*)?)?")
@@ -85,7 +102,7 @@ class DenseMixerConfig:
         if not 1 <= self.workspace_mb <= LARGEST_WORKSPACE:
             raise ValueError(f"workspace_mb must be at least 1 (MiB) and at most {LARGEST_WORKSPACE}")
         if type(self.budget) not in (int, float):
-            raise TypeError(f"budget must be a number, got {self.budget!r}")
+            raise TypeError(f"budget must be a number such as 0.125, got {self.budget!r}")
         if not 0 < self.budget <= 1:
             raise ValueError(f"budget must be above 0 and at most 1 (1 evaluates all experts), got {self.budget}")
         if type(self.seed) is not int:
@@ -153,7 +170,7 @@ class DenseMixerConfig:
             try:
                 options[field.name] = _READERS.get(field.name, str)(text)
                 cls(**{field.name: options[field.name]})
-            except ValueError as error:
+            except (TypeError, ValueError) as error:
                 raise ValueError(f"environment variable {variable}={text!r}: {error}") from error
         return cls(**options)
 

@@ -126,7 +126,8 @@ def _parse_options(options: Any) -> dict[str, Any] | None:
         try:
             options = json.loads(options)
         except ValueError as error:
-            raise ValueError(f"densemixer must be a mapping, or one as JSON, got {options!r} ({error})") from None
+            wanted = "a mapping such as {estimator: centered}, or one as JSON"
+            raise ValueError(f"densemixer must be {wanted}, got {options!r} ({error})") from None
     read_options("densemixer", options)
     return dict(options)
 

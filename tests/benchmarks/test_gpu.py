@@ -50,6 +50,11 @@ def test_a_dry_run(tmp_path: Path) -> None:
         assert float(row["error"]) < 1e-5
 
 
+def test_the_page_says_how_long_the_first_parts_may_take() -> None:
+    limit = sum(one.limit for one in PARTS[:4])
+    assert f"first four parts in at most {limit // 60} minutes" in (ROOT / "docs" / "gpu.md").read_text()
+
+
 def test_it_wants_a_gpu(tmp_path: Path) -> None:
     done = call("--output", tmp_path)
     assert done.returncode == 1

@@ -98,7 +98,15 @@ def test_what_can_not_be_kept_is_not_begun(text: Path, tmp_path: Path) -> None:
 def test_no_such_folder(text: Path, tmp_path: Path) -> None:
     done = preflight(tmp_path / "none", text)
     assert done.exit_code == 2
-    assert f"there is no folder {tmp_path / 'none'} here" in done.stderr
+    assert f"; there is no folder {tmp_path / 'none'} here" in done.stderr
+    assert ".;" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "cost"])
+def test_a_file_in_the_place_of_a_folder(command: str, checkpoint: Path) -> None:
+    done = CliRunner().invoke(app, [command, str(checkpoint / "model.safetensors")])
+    assert done.exit_code == 2
+    assert done.stderr.endswith("model.safetensors is a file: name its folder\n")
 
 
 def test_no_such_device(checkpoint: Path, text: Path) -> None:

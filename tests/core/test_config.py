@@ -1,4 +1,5 @@
 import dataclasses
+import re
 import sys
 
 import pytest
@@ -39,7 +40,7 @@ def test_from_dict() -> None:
         ({"budget": 0}, ValueError, "budget must be above 0 and at most 1 (1 evaluates all experts), got 0"),
         ({"budget": 1.5}, ValueError, "budget must be above 0 and at most 1"),
         ({"budget": float("nan")}, ValueError, "budget must be above 0 and at most 1"),
-        ({"budget": "1/8"}, TypeError, "budget must be a number, got '1/8'"),
+        ({"budget": "1/8"}, TypeError, "budget must be a number such as 0.125, got '1/8'"),
         ({"budget": True}, TypeError, "budget must be a number"),
         ({"seed": 0.5}, TypeError, "seed must be an integer"),
         ({"metrics": 1}, TypeError, "metrics must be true or false, got 1"),
@@ -83,6 +84,15 @@ def test_from_environment_reads_the_process(monkeypatch: pytest.MonkeyPatch) -> 
 def test_a_wrong_variable_is_named(variable: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"environment variable {variable}='{value}'"):
         DenseMixerConfig.from_environment({variable: value})
+
+
+@pytest.mark.parametrize("name", ["workspace_mb", "budget", "seed"])
+def test_text_that_is_no_number_is_said_as_elsewhere(name: str) -> None:
+    with pytest.raises(TypeError) as elsewhere:
+        DenseMixerConfig.from_dict({name: "1/8"})
+    variable = f"DENSEMIXER_{name.upper()}"
+    with pytest.raises(ValueError, match=re.escape(f"environment variable {variable}='1/8': {elsewhere.value}")):
+        DenseMixerConfig.from_environment({variable: "1/8"})
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(DenseMixerConfig))

@@ -104,7 +104,7 @@ def test_the_help_is_the_same_but_for_our_fields(llamafactory: LlamaFactory) -> 
         ({"workspace_mb": "big"}, "densemixer: workspace_mb must be an integer"),
         ({"metrics": "yes"}, "densemixer: metrics must be true or false"),
         (["centered"], "densemixer: the options of DenseMixer must be a mapping"),
-        ("{centered", "densemixer must be a mapping, or one as JSON"),
+        ("{centered", "densemixer must be a mapping such as {estimator: centered}, or one as JSON"),
     ],
 )
 def test_wrong_options(arguments: dict[str, Any], options: object, message: str) -> None:

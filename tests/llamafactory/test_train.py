@@ -200,3 +200,18 @@ def test_going_on_from_a_checkpoint(llamafactory: LlamaFactory) -> None:
     rest = llamafactory.train("full_sft.yaml", *SGD, *model)
     assert rest.attached == 1
     assert all(torch.equal(weight, rest.weights[name]) for name, weight in whole.weights.items())
+
+
+def test_what_is_saved_of_the_best_model(llamafactory: LlamaFactory) -> None:
+    """As the page says: the experts in the output folder are those of the last step. By the loss the first step is the
+    worst, so here it is the best."""
+    steps = ("save_steps=1", "save_only_model=false", "eval_strategy=steps", "eval_steps=1", "val_size=4")
+    best = ("load_best_model_at_end=true", "metric_for_best_model=eval_loss", "greater_is_better=true")
+    run = llamafactory.train("full_sft.yaml", *SGD, *steps, *best)
+    state = json.loads((run.output / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(run.output / "checkpoint-1")
+    first, last = (Run("", run.output / f"checkpoint-{step}").weights for step in (1, 3))
+    moved = [name for name in first if not torch.equal(first[name], last[name])]
+    assert {".experts." in name for name in moved} == {False, True}
+    for name in moved:
+        assert torch.equal(run.weights[name], (last if ".experts." in name else first)[name])

@@ -54,6 +54,14 @@ def test_choices_that_changed_before_a_run_was_resumed() -> None:
     assert judge({SHARE: [(400, 0.3), (401, 0.3)], CHANGE: [(400, math.nan), (401, 0.008)]}).works is False
 
 
+@pytest.mark.parametrize("share", [0.3, math.nan])
+def test_a_resumed_run_that_works_says_which_start_is_meant(share: float) -> None:
+    changes = [(50, 0.81), (55, 0.23), (100, 0.38), (105, 0.05), (150, 0.14)]
+    text = judge({SHARE: [(150, share)], CHANGE: changes}).text
+    assert "14.0 % of the routers' choices changed since the start (up to 81.0 % at an earlier step: if the run" in text
+    assert "earlier step" not in judge({SHARE: [(150, share)], CHANGE: [(50, 0.16), *changes[-1:]]}).text
+
+
 def test_routers_that_take_turns_are_not_frozen() -> None:
     """As BAdam has it: in the last step measured, no router had a gradient, so the share there is one of nothing."""
     curves = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ STEPS = 4
 KINDS = ["qwen3_moe", "mixtral", "deepseek_v3", "olmoe"]
 
 
-def train(folder: Path, model: Any, densemixer: bool, resumed: bool = False) -> dict[str, Tensor]:
+def train(folder: Path, model: Any, densemixer: bool, resumed: bool = False, **more: Any) -> dict[str, Tensor]:
     from transformers import Trainer
 
     options: dict[str, Any] = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_steps": STEPS // 2}
@@ -29,7 +30,8 @@ def train(folder: Path, model: Any, densemixer: bool, resumed: bool = False) -> 
     rows = [{"input_ids": ids, "labels": ids} for ids in tokens(batch=2 * STEPS)]
     if densemixer:
         apply_densemixer(model)
-    trainer = Trainer(model, TrainingArguments(str(folder), max_steps=STEPS, **options), train_dataset=rows)
+    arguments = TrainingArguments(str(folder), max_steps=STEPS, **options, **more)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:1])
     trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{STEPS // 2}") if resumed else None)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -52,3 +54,14 @@ def test_another_start_keeps_its_own_experts_without_densemixer_too(family: str,
     this fails, take it out there."""
     whole = train(tmp_path, FAMILIES[family].build(), densemixer=False)
     assert True in differs(train(tmp_path, FAMILIES[family].build(), densemixer=False, resumed=True), whole)
+
+
+@pytest.mark.parametrize("densemixer", [False, True])
+def test_the_best_model_at_the_end_has_the_experts_of_the_last_step(densemixer: bool, tmp_path: Path) -> None:
+    """The same fault, told of in the same place."""
+    options = {"eval_strategy": "steps", "eval_steps": STEPS // 2, "load_best_model_at_end": True}
+    found = train(tmp_path, FAMILIES["qwen3_moe"].build(), densemixer, **options)
+    best, last = tmp_path / f"checkpoint-{STEPS // 2}", tmp_path / f"checkpoint-{STEPS}"
+    assert json.loads((last / "trainer_state.json").read_text())["best_model_checkpoint"] == str(best)
+    assert differs(found, dict(AutoModelForCausalLM.from_pretrained(best).named_parameters())) == {True}
+    assert differs(found, dict(AutoModelForCausalLM.from_pretrained(last).named_parameters())) == {False}

@@ -13,8 +13,11 @@ from densemixer_adapters.errors import UnsupportedModelError
 
 
 def not_a_folder(checkpoint: str) -> str:
-    """For the end of such a line: that it was looked for on the hub since it isn't a folder here."""
-    return "" if Path(checkpoint).is_dir() else f"; there is no folder {checkpoint} here"
+    """For the end of such a line: that it was looked for on the hub since it isn't a folder here, or is a file."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        return ""
+    return f"; {checkpoint} is a file: name its folder" if path.is_file() else f"; there is no folder {checkpoint} here"
 
 
 @contextlib.contextmanager
@@ -34,5 +37,5 @@ def reading(what: str, fix: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        say(f"densemixer: can't use {what}: {kind}{one_line(error)}{fix}", err=True)
+        say(f"densemixer: can't use {what}: {kind}{one_line(error).rstrip('.')}{fix}", err=True)
         raise typer.Exit(2) from None

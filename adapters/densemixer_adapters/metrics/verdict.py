@@ -61,18 +61,17 @@ def judge(curves: Mapping[str, Points]) -> Verdict:
     elif change is not None and change < CHANGE_THRESHOLD:
         small = moved
     reason = f"; rounding swallows {percent(lost)} of the updates of their weights" if lost and lost > 0.5 else ""
+    # A process that resumes a run counts changes anew, and the log doesn't say where that was.
     before = max((value for _, value in curves.get(CHANGE, ()) if 0 <= value <= 1), default=0)
+    earlier = f"up to {percent(before)} at an earlier step: if the run was resumed, that start is its checkpoint"
     if small and small == moved and before >= CHANGE_THRESHOLD:
-        # A process that resumes a run counts changes anew, and the log doesn't say where that was.
-        return Verdict(
-            None,
-            f"{moved}, and up to {percent(before)} at an earlier step: if the run was resumed, that start is its "
-            f"checkpoint, and it may be too early to say{reason}",
-        )
+        return Verdict(None, f"{moved}, and {earlier}, and it may be too early to say{reason}")
     if small and (steps >= ENOUGH_STEPS or share == 0):
         return Verdict(False, f"{small}: {idle}{reason}")
     if small:
         return Verdict(None, f"{small}, after {steps} steps: below {ENOUGH_STEPS}, that is too early to say{reason}")
+    if change is not None and change < before / 2:
+        moved += f" ({earlier})"
     if share is None:
         unknown = "what part of the routers' gradient is from unselected experts wasn't measured"
         found = f"{moved}, but {unknown}" if moved else unknown
