@@ -8,29 +8,15 @@ see all that the method needs, whatever kernel computes the experts, so no forwa
 from __future__ import annotations
 
 import sys
-import uuid
-import weakref
-from typing import Any
 
 from packaging.version import Version
-from torch import Tensor, nn
+from torch import nn
 
 from densemixer_adapters.errors import UnsupportedModelError
-from densemixer_adapters.handle import Handle
 from densemixer_adapters.switch import given_options
-from densemixer_adapters.transformers.announce import (
-    CHANGED_EXPERTS,
-    LATECOMER,
-    LOST_GRADIENT,
-    OVERFLOW,
-    UNREAD_METRICS,
-    announce,
-    describe,
-    warn,
-)
+from densemixer_adapters.transformers.announce import announce, describe
+from densemixer_adapters.transformers.attached import DenseMixerHandle, attached_layer, attached_layers, handle_of
 from densemixer_adapters.transformers.find import ROUTER_NAMES, find_blocks, find_layers
-from densemixer_adapters.transformers.frozen_routers import FrozenRouters
-from densemixer_adapters.transformers.latecomers import Latecomers
 from densemixer_adapters.transformers.layer import DenseMixerLayer
 from densemixer_core import DenseMixerConfig
 
@@ -44,11 +30,6 @@ OTHERS = {
     ("torchtitan", "MoE"): "torchtitan",
 }
 """Package and class of Mixture-of-Experts layers that another wing of this package is for."""
-
-_FIX = (
-    'With PEFT, add the router to modules_to_save, e.g. LoraConfig(..., modules_to_save=["{router}"]); otherwise call '
-    "requires_grad_(True) on it."
-)
 
 
 def apply_densemixer(model: nn.Module, config: DenseMixerConfig | None = None) -> DenseMixerHandle:
@@ -136,30 +117,6 @@ def has_experts(model: nn.Module) -> bool:
     return next(find_blocks(model), None) is not None
 
 
-def attached_layers(model: nn.Module) -> list[DenseMixerLayer]:
-    """The layers of a model that DenseMixer is attached to, in the model's order; of copied blocks too."""
-    found = []
-    for module in model.modules():
-        for owner in _owners_of_hooks(module):
-            if isinstance(owner, DenseMixerLayer | Latecomers):
-                owner.belong_to(module)
-            if isinstance(owner, DenseMixerLayer):
-                found.append(owner)
-    return found
-
-
-def _attached_layer(block: nn.Module) -> DenseMixerLayer | None:
-    return next((owner for owner in _owners_of_hooks(block) if isinstance(owner, DenseMixerLayer)), None)
-
-
-def _owners_of_hooks(module: nn.Module) -> list[object]:
-    return [getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values()]
-
-
-def _is_attached(block: nn.Module) -> bool:
-    return _attached_layer(block) is not None
-
-
 def _make_way(model: nn.Module, layers: list[DenseMixerLayer]) -> None:
     """Remove handles that give way, where they have the blocks of these layers.
 
@@ -169,8 +126,8 @@ def _make_way(model: nn.Module, layers: list[DenseMixerLayer]) -> None:
     attached_layers(model)  # so that layers of copies know their blocks
     handles = []
     for layer in layers:
-        attached = _attached_layer(layer.block)
-        handle = None if attached is None else _handle_of(attached)
+        attached = attached_layer(layer.block)
+        handle = None if attached is None else handle_of(attached)
         if handle is None:
             continue
         if not handle.gives_way:
@@ -181,102 +138,3 @@ def _make_way(model: nn.Module, layers: list[DenseMixerLayer]) -> None:
         handles.append(handle)
     for handle in handles:
         handle.remove()
-
-
-def attached_handle(model: nn.Module) -> DenseMixerHandle | None:
-    """What `apply_densemixer` returned for a model, while it is attached."""
-    return next((_handle_of(layer) for layer in attached_layers(model)), None)
-
-
-def _handle_of(layer: DenseMixerLayer) -> DenseMixerHandle | None:
-    return layer.handle if isinstance(layer.handle, DenseMixerHandle) else None
-
-
-class DenseMixerHandle(Handle[DenseMixerLayer]):
-    """What `apply_densemixer` attached. Leaving it as a context manager, or `remove`, detaches it.
-
-    A copied model takes DenseMixer along, with layers and a handle of its own, which gives way.
-
-    Attributes:
-        layers: The layers, in the model's order.
-        gives_way: Whether attaching DenseMixer again takes this one's place rather than being an error.
-        frozen_routers: What warns of them.
-    """
-
-    def __init__(self, model: nn.Module, layers: list[DenseMixerLayer]) -> None:
-        super().__init__(layers)
-        self.gives_way = False
-        self.frozen_routers = FrozenRouters(layers, _FIX)
-        self._model: weakref.ref[nn.Module] | None = weakref.ref(model)
-        self._origin = uuid.uuid4().hex  # the same in copies
-        self._said: set[str] = set()
-        self._frozen_once: set[str] = set()
-        for layer in layers:
-            layer.attach(self)
-        self._latecomers: Latecomers | None = Latecomers(model, _is_attached, self._look_for_latecomers)
-        self._until_look = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, of which nothing was said yet. Nobody holds that handle, so it gives way."""
-        return {**vars(self), "_model": None, "_said": set(), "_frozen_once": set(), "gives_way": True}
-
-    def warn_of_frozen_router(self, layer: DenseMixerLayer) -> None:
-        """Log one warning for all layers whose router is frozen now, this one among them, but once for each.
-
-        Layers of a copy learn their blocks one by one in its first forward. Until then, one alone waits for its next.
-        """
-        if layer.router_name in self._frozen_once or all(other.knows_block for other in self.layers):
-            self.frozen_routers.warn_of(layer)
-        self._frozen_once.add(layer.router_name)
-
-    def warn_of_lost_gradient(self, router_name: str) -> None:
-        """Log one warning of a router that isn't frozen, and whose output nevertheless has no gradient."""
-        self._warn_once(LOST_GRADIENT, router_name)
-
-    def warn_of_unread_metrics(self) -> None:
-        """Log one warning that nobody reads the metrics that the options ask for."""
-        self._warn_once(UNREAD_METRICS)
-
-    def warn_of_overflow(self, name: str, count: Tensor) -> None:
-        """Log one warning, if any of a float16 backward's inner products has overflowed.
-
-        Args:
-            name: The layer.
-            count: How many have, a scalar tensor. Waits for the device until there has been a warning.
-        """
-        if OVERFLOW not in self._said and count.item():
-            self._warn_once(OVERFLOW, name)
-
-    def warn_of_changed_experts(self, name: str) -> None:
-        """Log one warning that a layer's experts were written to between its forward and its backward."""
-        self._warn_once(CHANGED_EXPERTS, name)
-
-    def warn_of_latecomers(self) -> None:
-        """Log one warning of a layer that has come into the model since. Looks in one of so many calls as layers."""
-        if self._until_look:
-            self._until_look -= 1
-            return
-        self._look_for_latecomers()
-
-    def _look_for_latecomers(self) -> None:
-        self._until_look = len(self.layers) - 1
-        name = None if self._latecomers is None else self._latecomers.first()
-        if name is not None:
-            self._warn_once(LATECOMER, name)
-
-    def _warn_once(self, text: str, name: str = "") -> None:
-        if text not in self._said:
-            self._said.add(text)
-            warn(text.format(name=name))
-
-    def remove(self) -> None:
-        """Leave the model as it was, blocks that have been copied within it included. Does nothing the second time."""
-        super().remove()
-        if self._latecomers is not None:
-            self._latecomers.remove()
-            self._latecomers = None
-        model = None if self._model is None else self._model()
-        for layer in [] if model is None else attached_layers(model):
-            handle = _handle_of(layer)
-            if handle is not None and handle._origin == self._origin:
-                layer.remove()
