@@ -66,9 +66,11 @@ def test_a_version_that_is_not_supported(full: Environment, tmp_path: Path) -> N
 
 
 def test_a_framework_without_the_modules_that_we_hook(full: Environment, tmp_path: Path) -> None:
-    fake_distribution(tmp_path, "llamafactory", "9.9")
-    (tmp_path / "llamafactory").mkdir()
-    (tmp_path / "llamafactory" / "__init__.py").touch()
+    """Of which one has an extra of ours that installs it, and the other hasn't."""
+    for name in ("llamafactory", "mcore_adapter"):
+        fake_distribution(tmp_path, name, "9.9")
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
     status, checks = report(full, PYTHONPATH=str(tmp_path))
     assert status == 1
     check = checks["hook llamafactory.model.loader"]
@@ -76,6 +78,11 @@ def test_a_framework_without_the_modules_that_we_hook(full: Environment, tmp_pat
     source = re.fullmatch(r'pip install "(.+)\[llamafactory\]"', check["fix"])
     assert source is not None  # where this package was installed from: it is on no index
     assert Path(source[1]).suffix == ".whl"
+    check = checks["hook mcore_adapter.models.model_config"]
+    assert (check["detail"], check["fix"]) == (
+        "mcore-adapter 9.9 has no such module",
+        "pip install --upgrade mcore-adapter",
+    )
 
 
 def test_a_checkout_that_is_not_installed(tmp_path: Path) -> None:

@@ -224,6 +224,15 @@ def frameworks(installed: Mapping[str, str]) -> Iterator[Check]:
             yield Check(framework, "ok" if known else "note", f"{version} (tested: {' and '.join(versions)})")
 
 
+def _extras() -> set[str]:
+    """The frameworks that an extra of this package installs."""
+    try:
+        extras = importlib.metadata.metadata(DISTRIBUTION).get_all("Provides-Extra") or []
+    except importlib.metadata.PackageNotFoundError:
+        return set()
+    return {*map(canonicalize_name, extras)}
+
+
 def _hooks(installed: dict[str, str]) -> Iterator[Check]:
     """Each module that we patch, if its framework is installed: whether this version has it."""
     for module in _boot.patches():
@@ -237,7 +246,9 @@ def _hooks(installed: dict[str, str]) -> Iterator[Check]:
             if module in _boot.IN_SOME_VERSIONS:
                 continue
             detail = f"{distribution} {installed[distribution]} has no such module"
-            yield Check(f"hook {module}", "problem", detail, f'pip install "{_source()}[{framework}]"')
+            ours = canonicalize_name(framework) in _extras()
+            fix = f'pip install "{_source()}[{framework}]"' if ours else f"pip install --upgrade {distribution}"
+            yield Check(f"hook {module}", "problem", detail, fix)
         elif _boot.is_live():
             yield Check(f"hook {module}", "ok", "live")
         else:
