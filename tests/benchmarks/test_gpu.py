@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -9,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,16 @@ def started(output: Path, one: Part) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@contextlib.contextmanager
+def inherited(name: str, action: signal.Handlers) -> Iterator[None]:
+    """What is started meanwhile begins with this action, whatever started the tests: `nohup` and `&` ignore some."""
+    before = signal.signal(signal.Signals[name], action)
+    try:
+        yield
+    finally:
+        signal.signal(signal.Signals[name], before)
+
+
 def row(output: Path) -> dict[str, str]:
     """The only one of the table."""
     with (output / "parts.csv").open() as file:
@@ -142,7 +154,8 @@ def test_what_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_cuts_it_short_with_all_that_it_started(name: str, tmp_path: Path) -> None:
-    process = started(tmp_path, part("", dry=("-c", ORPHAN)))
+    with inherited(name, signal.SIG_DFL):
+        process = started(tmp_path, part("", dry=("-c", ORPHAN)))
     log = tmp_path / "some.log"
     start = time.monotonic()
     while not (log.exists() and "waits" in log.read_text()):
@@ -159,11 +172,8 @@ def test_a_signal_cuts_it_short_with_all_that_it_started(name: str, tmp_path: Pa
 
 def test_a_signal_that_is_ignored_stays_so(tmp_path: Path) -> None:
     """As SIGHUP under nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
+    with inherited("SIGHUP", signal.SIG_IGN):
         process = started(tmp_path, part("", dry=("-c", "import time; print('waits', flush=True); time.sleep(1)")))
-    finally:
-        signal.signal(signal.SIGHUP, before)
     start = time.monotonic()
     while not (tmp_path / "some.log").exists():
         assert time.monotonic() - start < 60
