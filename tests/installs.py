@@ -25,11 +25,15 @@ def is_installed(distribution: str) -> bool:
 
 def run(command: list[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
     """Run without any setting of ours but those given. Doesn't raise if the command fails."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("DENSEMIXER_", "PYTHON"))}
-    clean.update(HF_HUB_OFFLINE="1", CUDA_VISIBLE_DEVICES="")
     return subprocess.run(
-        [str(part) for part in command], env={**clean, **environment}, capture_output=True, text=True, timeout=570
+        [str(part) for part in command], env={**clean(), **environment}, capture_output=True, text=True, timeout=570
     )
+
+
+def clean() -> dict[str, str]:
+    """The environment of this process without any setting of ours, without a network or a GPU."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("DENSEMIXER_", "PYTHON"))}
+    return {**kept, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def build_wheel(folder: Path, kind: str = "wheel") -> Path:

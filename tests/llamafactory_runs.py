@@ -1,4 +1,8 @@
-"""Runs the YAMLs of examples/llamafactory with the real ``llamafactory-cli``, once per combination asked for."""
+"""Runs the YAMLs of examples/llamafactory with the real ``llamafactory-cli``, once per combination asked for.
+
+Most in a process that is forked from one that has imported LLaMA-Factory, for that takes longer than training: there
+the command's own ``main`` runs. What imports it differently, and torchrun, is a command of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,14 @@ import re
 import sys
 from pathlib import Path
 
-from installs import REPOSITORY, run
+from forks import Forks
+from installs import REPOSITORY, clean, run
 from safetensors.torch import load_file
 from torch import Tensor
 
 EXAMPLES = REPOSITORY / "examples" / "llamafactory"
 SCRIPTS = Path(sys.executable).parent
+SETTINGS = {"PATH": f"{SCRIPTS}:/usr/bin:/bin", "OMP_NUM_THREADS": "1"}
 
 SGD = ("optim=sgd", "learning_rate=0.1", "lr_scheduler_type=constant", "warmup_ratio=0")
 """Plain SGD at a constant rate: a change of a weight is a sum of gradients, nothing rescales it."""
@@ -53,6 +59,7 @@ class LlamaFactory:
         assert done.returncode == 0, done.stderr
         self.model = folder / "tiny" / "model"
         self.data = folder / "tiny" / "data"
+        self.forks = Forks("llamafactory.train.tuner")
 
     @functools.cache  # noqa: B019 - lives as long as the session
     def train(
@@ -64,7 +71,11 @@ class LlamaFactory:
         data: str = "sft",
         environment: tuple[tuple[str, str], ...] = (),
     ) -> Run:
-        """``llamafactory-cli train`` on the tiny checkpoint, with the example's line ``use_densemixer`` or without."""
+        """``llamafactory-cli train`` on the tiny checkpoint, with the example's line ``use_densemixer`` or without.
+
+        It is the installed command where the environment says more, as what imports LLaMA-Factory may read it, and with
+        torchrun, for DDP. ZeRO's ranks are forked as torchrun would start them.
+        """
         output = self.folder / f"run{len(list(self.folder.glob('run*')))}"
         text = (EXAMPLES / yaml).read_text()
         if not key:
@@ -73,19 +84,26 @@ class LlamaFactory:
         config = self.folder / f"{output.name}.yaml"
         config.write_text(text)
         settings = dict(environment)
-        if ranks > 1:
-            settings.update(FORCE_TORCHRUN="1", NPROC_PER_NODE=str(ranks))
         tiny = (self.folder / "tiny" / data).read_text().split()
-        log = self.call(
-            "sft" if data == "v1" else "train", config, *tiny, f"output_dir={output}", *overrides, **settings
-        )
-        return Run(log, output)
+        arguments = [config, *tiny, f"output_dir={output}", *overrides]
+        by_torchrun = ranks > 1 and not any(each.startswith("deepspeed=") for each in overrides)
+        if by_torchrun:
+            settings.update(FORCE_TORCHRUN="1", NPROC_PER_NODE=str(ranks))
+        command = self.call if settings else functools.partial(self.fork, ranks=ranks)
+        return Run(command("sft" if data == "v1" else "train", *arguments, **settings), output)
+
+    def fork(self, *arguments: str | Path, ranks: int = 1) -> str:
+        """What the command printed, whose ``main`` was called in a fork; or the ranks that its launcher starts."""
+        program, line = "llamafactory.cli:main", ["llamafactory-cli", *map(str, arguments)]
+        if ranks > 1:
+            program, line = "llamafactory.train.tuner:run_exp", [line[0], *line[2:]]
+        well, log = self.forks.run(program, line, {**clean(), **SETTINGS}, ranks)
+        assert well, log[-6000:]
+        return log
 
     def call(self, *arguments: str | Path, **environment: str) -> str:
-        done = run(
-            [SCRIPTS / "llamafactory-cli", *arguments],
-            **{"PATH": f"{SCRIPTS}:/usr/bin:/bin", "OMP_NUM_THREADS": "1", **environment},
-        )
+        """What the installed command printed."""
+        done = run([SCRIPTS / "llamafactory-cli", *arguments], **SETTINGS, **environment)
         log = done.stdout + done.stderr
         assert done.returncode == 0, log[-6000:]
         return log

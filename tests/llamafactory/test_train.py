@@ -71,7 +71,7 @@ def test_lora_trains_the_router_and_exports(llamafactory: LlamaFactory, start: d
     same_but_for_the_routers_gradient(run, llamafactory.train("lora_sft.yaml", *SGD, key=False), start)
 
     merged = llamafactory.folder / "merged"
-    llamafactory.call(
+    llamafactory.fork(
         "export",
         EXAMPLES / "lora_export.yaml",
         f"model_name_or_path={llamafactory.model}",
