@@ -1,7 +1,7 @@
 """Runs the YAMLs of examples/llamafactory with the real ``llamafactory-cli``, once per combination asked for.
 
 Most in a process that is forked from one that has imported LLaMA-Factory, for that takes longer than training: there
-the command's own ``main`` runs. What imports it differently, and torchrun, is a command of its own.
+the command's own ``main`` runs. On several ranks, and with variables set, it is the installed command.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ class LlamaFactory:
     ) -> Run:
         """``llamafactory-cli train`` on the tiny checkpoint, with the example's line ``use_densemixer`` or without.
 
-        It is the installed command where the environment says more, as what imports LLaMA-Factory may read it, and with
-        torchrun, for DDP. ZeRO's ranks are forked as torchrun would start them.
+        It is the installed command on several ranks, which has torchrun start them, and where the environment says
+        more, as what imports LLaMA-Factory may read it.
         """
         output = self.folder / f"run{len(list(self.folder.glob('run*')))}"
         text = (EXAMPLES / yaml).read_text()
@@ -86,18 +86,15 @@ class LlamaFactory:
         settings = dict(environment)
         tiny = (self.folder / "tiny" / data).read_text().split()
         arguments = [config, *tiny, f"output_dir={output}", *overrides]
-        by_torchrun = ranks > 1 and not any(each.startswith("deepspeed=") for each in overrides)
-        if by_torchrun:
+        if ranks > 1:
             settings.update(FORCE_TORCHRUN="1", NPROC_PER_NODE=str(ranks))
-        command = self.call if settings else functools.partial(self.fork, ranks=ranks)
+        command = self.call if settings else self.fork
         return Run(command("sft" if data == "v1" else "train", *arguments, **settings), output)
 
-    def fork(self, *arguments: str | Path, ranks: int = 1) -> str:
-        """What the command printed, whose ``main`` was called in a fork; or the ranks that its launcher starts."""
-        program, line = "llamafactory.cli:main", ["llamafactory-cli", *map(str, arguments)]
-        if ranks > 1:
-            program, line = "llamafactory.train.tuner:run_exp", [line[0], *line[2:]]
-        well, log = self.forks.run(program, line, {**clean(), **SETTINGS}, ranks)
+    def fork(self, *arguments: str | Path) -> str:
+        """What the command printed, whose ``main`` was called in a fork."""
+        line = ["llamafactory-cli", *map(str, arguments)]
+        well, log = self.forks.run("llamafactory.cli:main", line, {**clean(), **SETTINGS})
         assert well, log[-6000:]
         return log
 
