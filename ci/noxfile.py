@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import filecmp
 import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def share_large_files(environment: Path) -> None:
     pip replaces files, it doesn't write into them, so what changes in one environment stays there.
     """
     others = [one for one in ENVIRONMENTS.iterdir() if one.is_dir() and one != environment]
-    large = (path for path in environment.rglob("*") if path.is_file() and not path.is_symlink())
-    for path in [one for one in large if one.stat().st_size > 2**20 and one.stat().st_nlink == 1]:
+    for path in [one for one in environment.rglob("*") if is_large_and_alone(one.lstat())]:
         for other in others:
             twin = other / path.relative_to(environment)
             if twin.is_file() and filecmp.cmp(path, twin, shallow=False):
@@ -58,6 +58,11 @@ def share_large_files(environment: Path) -> None:
                     os.link(twin, link)
                     link.replace(path)
                 break
+
+
+def is_large_and_alone(status: os.stat_result) -> bool:
+    """Of a file: above 1 MiB, and no other has been linked to it."""
+    return stat.S_ISREG(status.st_mode) and status.st_size > 2**20 and status.st_nlink == 1
 
 
 def install(session: nox.Session, environment: str) -> None:

@@ -220,6 +220,14 @@ def detach(block: nn.Module) -> None:
                 remove_hook(module, key)
 
 
+def remove_hooks_of(owner: object, module: nn.Module) -> None:
+    """Remove the hooks of a module that are methods of an object."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__self__", None) is owner:
+                remove_hook(module, key)
+
+
 def remove_hook(module: nn.Module, key: int) -> None:
     """Remove a hook of which there is no handle, as on a copied module."""
     for hooks in (

@@ -64,9 +64,8 @@ class Latecomers:
     def remove(self) -> None:
         """Look no longer."""
         model = self._model_or_none
-        for key, hook in [] if model is None else list(model._forward_pre_hooks.items()):
-            if model is not None and getattr(hook, "__self__", None) is self:
-                calls.remove_hook(model, key)
+        if model is not None:
+            calls.remove_hooks_of(self, model)
         self._known = set()
 
     @property

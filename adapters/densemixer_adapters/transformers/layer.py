@@ -109,10 +109,7 @@ class DenseMixerLayer(HostLayer):
         block = self.block_or_none
         if block is None:
             return
-        for hooks in (block._forward_pre_hooks, block._forward_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "__self__", None) is self:
-                    calls.remove_hook(block, key)
+        calls.remove_hooks_of(self, block)
         calls.detach(block)
 
     @property
